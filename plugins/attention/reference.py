@@ -1,5 +1,7 @@
 """What the attention ops mean: loops over batch, query and head, sums in float64, one rounding at the end."""
 
+# ruff: noqa: N806 (shape letters are capitals, as in the contract)
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,7 @@
 """torch.ops.gemma4.attention and .shared_attention: the attention ops for tracing and for parity tests."""
 
+# ruff: noqa: N806 (shape letters are capitals, as in the contract)
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -52,7 +52,6 @@ def moe(
         },
         {"top_k": top_k},
     )
-    F = sizes["F"]
     output = np.empty_like(hidden_states)
     for b, t in np.ndindex(sizes["B"], sizes["T"]):
         x = hidden_states[b, t].astype(np.float64)
@@ -60,7 +59,7 @@ def moe(
         total = np.zeros(sizes["E"])
         for expert, weight in zip(experts, weights, strict=True):
             projected = gate_up_proj[expert].astype(np.float64) @ x  # [2F]
-            activated = gelu_tanh(projected[:F]) * projected[F:]
+            activated = gelu_tanh(projected[: sizes["F"]]) * projected[sizes["F"] :]
             total += weight * (down_proj[expert].astype(np.float64) @ activated)
         output[b, t] = total
     return output

@@ -40,7 +40,7 @@ def moe(
     rows = hidden_states.flatten(0, 1).to(precise)  # [B*T, E]
     experts, weights = route(router_logits.flatten(0, 1), per_expert_scale, top_k)
     output = torch.zeros_like(rows)
-    for expert in experts.unique().tolist():
+    for expert in sorted(set(experts.flatten().tolist())):
         chosen_rows, place = (experts == expert).nonzero(as_tuple=True)
         gate, up = linear(rows[chosen_rows], gate_up_proj[expert].to(precise)).chunk(2, dim=-1)
         expert_output = linear(gelu(gate, approximate="tanh") * up, down_proj[expert].to(precise))
