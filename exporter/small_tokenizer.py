@@ -1,6 +1,6 @@
 """A small tokenizer in the hub's own layout, for tests, the demo and checkpoints with made-up weights.
 
-Same machinery as the published one (BPE over UTF-8, byte fallback, space written as ▁, no BOS added for chat models) and
+Same machinery as the published one (BPE over UTF-8, byte fallback, space written as ▁, no BOS for chat models) and
 the same 24 control tokens by name. Only the vocabulary is small, so every control id except 0 to 4 differs from the
 published one: code that hard-codes an id breaks here.
 """
