@@ -130,7 +130,7 @@ class ChatTemplate:
         if isinstance(text, str):
             last.update(dict.fromkeys(same, text + _CONTINUE_HERE))
             return text
-        for part in reversed(text if isinstance(text, list) else []):
+        for part in reversed(text if isinstance(text, (list, tuple)) else []):
             if isinstance(part, dict) and isinstance(part.get("text"), str):
                 final = str(part["text"])
                 part["text"] = final + _CONTINUE_HERE
@@ -249,7 +249,8 @@ def _plain(value: Any, where: str, mark: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {_plain(key, where, mark): _plain(item, f"{where}.{key}", mark) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{i}]", mark) for i, item in enumerate(value)]
+        items = [_plain(item, f"{where}[{i}]", mark) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)  # templates print the two differently
     if isinstance(value, np.generic):
         return _plain(value.item(), where, mark)
     if ".content[" in where:
