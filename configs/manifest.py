@@ -1,0 +1,193 @@
+"""The manifest: the one file that describes an artifact folder.
+
+``manifest.json`` is UTF-8 JSON with sorted keys and no timestamps: equal inputs give equal bytes. Rules a reader holds:
+
+* ``format`` is an integer. A reader refuses one that it does not know, and any key that it does not know.
+* Every path is relative, with forward slashes, and lies inside the folder.
+* ``files`` lists every immutable file with its size and sha256. Engines and reports are added later and are not listed.
+* Tables are row-major regions of listed files; graphs name their inputs and outputs as ``configs/names.py`` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.configs.recipe import ITEM_BYTES, WeightFormat
+
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeEntry:
+    """Frequencies ``theta ** (-2 i / head_dim)`` for i below ``num_frequencies``."""
+
+    theta: float
+    head_dim: int
+    num_frequencies: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableEntry:
+    """Rows that the host gathers: the embedding of token i is row i times ``scale``, in float32."""
+
+    file: str
+    offset: int
+    format: WeightFormat
+    rows: int
+    columns: int
+    scale: float
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * self.columns * ITEM_BYTES[self.format]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheEntry:
+    """The KV cache of one layer that owns one: key and value [1, num_kv_heads, slots, head_dim] float32 each."""
+
+    layer: int
+    kind: Literal["sliding", "global"]
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayout:
+    """``sliding_slots`` = sliding_window - 1 + the longest chunk; global caches grow by buckets up to the context."""
+
+    sliding_window: int | None
+    sliding_slots: int
+    global_bucket: int
+    caches: list[CacheEntry]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """The facts about the model that a runtime needs."""
+
+    name: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    hidden_size_per_layer_input: int
+    max_position_embeddings: int
+    is_chat: bool
+    """A chat template came with the checkpoint; base models have none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphEntry:
+    file: str
+    backend: str
+    inputs: list[str]
+    outputs: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything about an artifact that is not in its other files."""
+
+    format: int
+    model: ModelEntry
+    target: str
+    recipe: str
+    context: int
+    """Longest sequence, prompt and answer together (tokens)."""
+    chunk: int
+    """Longest run of tokens in one call of the decoder."""
+    rope_sliding: RopeEntry | None
+    rope_global: RopeEntry
+    kv: KVLayout
+    embed_tokens: TableEntry
+    embed_tokens_per_layer: TableEntry | None
+    graphs: dict[str, GraphEntry]
+    not_packed: list[str]
+    """Checkpoint tensors that this version knows and leaves out (vision and audio towers)."""
+    versions: dict[str, str]
+    sources: dict[str, FileEntry]
+    """The checkpoint files that the artifact was made from; of weight files, the sha256 is that of the header."""
+    files: dict[str, FileEntry] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read a manifest strictly.
+
+        Raises:
+            ArtifactError: it is no manifest, of another format, or names a file outside its folder.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ArtifactError(f"{MANIFEST_NAME}: not JSON ({error})", hint=_REBUILD) from error
+        found = values.get("format") if isinstance(values, dict) else None
+        if found != FORMAT:
+            newer = isinstance(found, int) and found > FORMAT
+            raise ArtifactError(
+                f"{MANIFEST_NAME}: format {found!r}, this version reads format {FORMAT}",
+                hint="pip install --upgrade gemma4-export" if newer else _REBUILD,
+            )
+        manifest: Manifest = _parse(cls, values, MANIFEST_NAME)
+        paths = [*manifest.files, *(graph.file for graph in manifest.graphs.values()), manifest.embed_tokens.file]
+        if manifest.embed_tokens_per_layer:
+            paths.append(manifest.embed_tokens_per_layer.file)
+        for path in paths:
+            check_inside(path)
+            if path not in manifest.files:
+                raise ArtifactError(f"{MANIFEST_NAME}: {path} is used but not listed under files", hint=_REBUILD)
+        return manifest
+
+
+_REBUILD = "the folder is damaged; build it again with gemma4-export build"
+
+
+def check_inside(path: str) -> None:
+    """Raise ArtifactError unless ``path`` stays inside the artifact folder."""
+    pure = PurePosixPath(path)
+    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or pure.as_posix() != path:
+        raise ArtifactError(
+            f"{MANIFEST_NAME}: {path!r} is not a path inside the artifact",
+            hint="do not use this folder: its manifest was not written by gemma4-export",
+        )
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as ``kind``, where kinds are the dataclasses above and the types their fields use."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _parse(arguments[0], value, where)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is list and isinstance(value, list):
+        return [_parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        wrong = sorted(set(value) ^ set(hints))
+        if wrong:
+            state = "unknown" if wrong[0] in value else "missing"
+            raise ArtifactError(f"{where}: key {wrong[0]!r} is {state}", hint=_REBUILD)
+        return kind(**{key: _parse(hint, value[key], f"{where}.{key}") for key, hint in hints.items()})  # type: ignore[operator]
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind and not (kind is int and value < 0):
+        return value
+    raise ArtifactError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}", hint=_REBUILD)

@@ -1,0 +1,57 @@
+"""The released models: short names, hub ids and resolved configs, one TOML file per size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma4_export.configs.errors import ConfigError, nearest
+from gemma4_export.configs.model import ModelConfig
+from gemma4_export.configs.toml import check_keys, load_named, names_in
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleasedModel:
+    """One released checkpoint: ``26b-a4b`` is the instruction-tuned one, ``26b-a4b-base`` the base one."""
+
+    name: str
+    title: str
+    hub_id: str
+    config: ModelConfig
+
+
+def model_names() -> list[str]:
+    """Every short name."""
+    return [name for size in names_in(_FOLDER) for name in (size, f"{size}-base")]
+
+
+def load_model(name: str) -> ReleasedModel:
+    """The released checkpoint with this short name or hub id.
+
+    Raises:
+        ConfigError: there is none; the hint names the nearest.
+    """
+    for size in names_in(_FOLDER):
+        for model in _load_size(size):
+            if name.lower() in (model.name, model.hub_id.lower()):
+                return model
+    raise ConfigError(f"model {name!r} is not known", hint=nearest(name.lower(), model_names()))
+
+
+def recognise(config: ModelConfig) -> str | None:
+    """The size whose decoder this is, as a short name; None: no released one."""
+    return next((size for size in names_in(_FOLDER) if _load_size(size)[0].config == config), None)
+
+
+def _load_size(size: str) -> tuple[ReleasedModel, ReleasedModel]:
+    values = load_named(_FOLDER, size, "model")
+    check_keys(values, {"name", "title", "hub_id", "base_hub_id", "config"}, set(), f"models/{size}.toml")
+    config = ModelConfig.from_hf(values["config"])
+    return (
+        ReleasedModel(name=size, title=values["title"], hub_id=values["hub_id"], config=config),
+        ReleasedModel(
+            name=f"{size}-base", title=f"{values['title']}, base", hub_id=values["base_hub_id"], config=config
+        ),
+    )
