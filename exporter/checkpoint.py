@@ -1,0 +1,277 @@
+"""Reads a checkpoint folder lazily: safetensors headers once, rows by pread, and an error for tensors nobody reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gemma4_export.configs.errors import CheckpointError, ConfigError
+from gemma4_export.configs.model import ModelConfig
+from gemma4_export.configs.names import (
+    NOT_PACKED_PREFIXES,
+    TEXT_PREFIXES,
+    TensorSpec,
+    check_shape,
+    decoder_tensors,
+    redundant_tensors,
+)
+
+# What a Gemma 4 checkpoint can hold as plain weights. Integer and 8-bit dtypes mean a quantised one.
+_FLOATS: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_ITEM_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor lies: file, dtype as safetensors spells it, shape, and its bytes from the start of the file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Consecutive rows of one stored tensor that are part of a decoder weight."""
+
+    stored_name: str
+    num_rows: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Parse and check one safetensors header; the data itself is not touched.
+
+    Raises:
+        CheckpointError: the file is truncated, or its header contradicts itself or the file's size.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise _damaged(path, f"{size} bytes is too short for a header")
+        (header_bytes,) = struct.unpack("<Q", prefix)
+        if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+            raise _damaged(path, f"its header claims {header_bytes} bytes, the file has {size}")
+        try:
+            header = json.loads(file.read(header_bytes))
+        except ValueError as error:
+            raise _damaged(path, f"its header of {header_bytes} bytes is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
+    data_start, tensors = 8 + header_bytes, {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            begin, end = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, f"{name}: its header entry is malformed ({error!r})") from error
+        bits = _ITEM_BITS.get(dtype)
+        if bits is not None and (end - begin) * 8 != math.prod(shape) * bits:
+            needed = math.prod(shape) * bits // 8
+            raise _damaged(path, f"{name}: {dtype} {list(shape)} needs {needed} bytes, has {end - begin}")
+        if not 0 <= begin <= end or data_start + end > size:
+            raise _damaged(path, f"{name}: ends at byte {data_start + end}, the file has {size}")
+        tensors[name] = StoredTensor(path, dtype, shape, data_start + begin, end - begin)
+    return tensors
+
+
+def _damaged(path: Path, cause: str) -> CheckpointError:
+    return CheckpointError(f"{path.name}: {cause}", hint="the download is incomplete or damaged; fetch this file again")
+
+
+class Checkpoint:
+    """A checkpoint folder: its config, its decoder weights by canonical name, and a record of what was read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open ``folder`` and match every stored tensor against the config.
+
+        Raises:
+            ConfigError: config.json is missing or describes no model that this version exports.
+            CheckpointError: tensors are missing, misshapen, unknown, or a file is damaged.
+        """
+        self.folder = folder
+        self.config = ModelConfig.from_hf(read_config(folder))
+        if self.config.drafter is not None:
+            raise ConfigError(
+                f"{folder.name}: a drafter (assistant) has no KV of its own and cannot run alone",
+                hint="give the checkpoint of its target model to --checkpoint",
+            )
+        self.stored = _read_all_headers(folder)
+        self.specs = decoder_tensors(self.config)
+        self.not_packed = sorted(name for name in self.stored if name.startswith(NOT_PACKED_PREFIXES))
+        self._segments: dict[str, list[_Segment]] = {}
+        self._files: dict[Path, int] = {}
+        self._match()
+
+    def _match(self) -> None:
+        text = self._text_names()
+        missing = []
+        for name, spec in self.specs.items():
+            segments = [_Segment(text.pop(name), spec.row_shape[0])] if name in text else _per_expert(spec, text)
+            if segments is None:
+                missing.append(name)
+                continue
+            for segment in segments:
+                self._check_stored(segment, spec, is_whole=len(segments) == 1)
+            self._segments[name] = segments
+        if missing:
+            raise CheckpointError(
+                f"{self.folder.name}: {len(missing)} of {len(self.specs)} decoder tensors are missing, "
+                f"first {missing[0]} {list(self.specs[missing[0]].shape)}",
+                hint="the checkpoint is incomplete, or config.json belongs to another model",
+            )
+        for name, shape in redundant_tensors(self.config).items():
+            if name in text:
+                check_shape(name, shape, self.stored[text.pop(name)].shape)
+        unread = sorted(set(text.values()))
+        if unread:
+            raise CheckpointError(
+                f"{self.folder.name}: {len(unread)} tensors are read by nobody, first {unread[0]} "
+                f"{list(self.stored[unread[0]].shape)}",
+                hint="config.json describes less than the checkpoint holds; adapters must be merged before exporting",
+            )
+
+    def _text_names(self) -> dict[str, str]:
+        """Canonical name -> stored name for everything that is not vision or audio."""
+        candidates = [name for name in self.stored if not name.startswith(NOT_PACKED_PREFIXES)]
+        prefix = next((p for p in TEXT_PREFIXES if any(name.startswith(p) for name in candidates)), "")
+        return {name.removeprefix(prefix): name for name in candidates}
+
+    def _check_stored(self, segment: _Segment, spec: TensorSpec, *, is_whole: bool) -> None:
+        stored = self.stored[segment.stored_name]
+        expected = spec.shape if is_whole else (segment.num_rows, spec.shape[-1])
+        check_shape(segment.stored_name, expected, stored.shape)
+        if stored.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{segment.stored_name}: dtype {stored.dtype} is not one of {', '.join(_FLOATS)}",
+                hint="quantised checkpoints are not read by this version; use the bf16 one",
+            )
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, np.dtype[Any]]:
+        """Rows ``start:stop`` of a decoder weight seen as [rows, columns], in the dtype in which it is stored.
+
+        Only the bytes asked for are read. Rows that cross stored tensors (experts kept one by one) are joined.
+        """
+        spec, pieces, first = self.specs[name], [], 0
+        for segment in self._segments[name]:
+            low, high = max(start, first), min(stop, first + segment.num_rows)
+            if low < high:
+                pieces.append(self._read(segment.stored_name, low - first, high - first, spec.row_shape[1]))
+            first += segment.num_rows
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def slices(self, name: str, max_bytes: int = 128 << 20) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+        """All rows of a decoder weight in order, a few at a time, so that no tensor need ever be whole in memory."""
+        num_rows, columns = self.specs[name].row_shape
+        step = max(1, max_bytes // (columns * 4))
+        for start in range(0, num_rows, step):
+            yield self.rows(name, start, min(start + step, num_rows))
+
+    def _read(self, stored_name: str, start: int, stop: int, columns: int) -> np.ndarray[Any, np.dtype[Any]]:
+        stored = self.stored[stored_name]
+        dtype = _FLOATS[stored.dtype]
+        row_bytes = columns * dtype.itemsize
+        if stored.path not in self._files:
+            self._files[stored.path] = os.open(stored.path, os.O_RDONLY)
+        rows = np.empty((stop - start, columns), dtype)
+        buffer, done = rows.view(np.uint8).data.cast("B"), 0
+        while done < len(buffer):
+            count = os.preadv(self._files[stored.path], [buffer[done:]], stored.start + start * row_bytes + done)
+            if count <= 0:
+                raise _damaged(stored.path, f"{stored_name}: ended {len(buffer) - done} bytes early")
+            done += count
+        return rows
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The folder's config.json as a mapping."""
+    path = folder / "config.json"
+    if not path.is_file():
+        cause = "no config.json in it" if folder.is_dir() else "no such folder"
+        raise ConfigError(f"{folder}: {cause}", hint="--checkpoint takes a folder with config.json and *.safetensors")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error})", hint="fetch the file again") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, else the single file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({str(name) for name in weight_map.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index.name}: no weight_map ({error!r})", hint="fetch the file again") from error
+        paths = [folder / name for name in names]
+        missing = [path.name for path in paths if path.parent != folder or not path.is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{index.name}: {len(missing)} of {len(paths)} files it names are missing, first {missing[0]}",
+                hint="the download is incomplete; fetch the missing files",
+            )
+        return paths
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise CheckpointError(
+            f"{folder}: neither model.safetensors nor model.safetensors.index.json",
+            hint="GGUF and PyTorch .bin checkpoints are not read; use the safetensors one",
+        )
+    return [single]
+
+
+def _read_all_headers(folder: Path) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        for name, tensor in read_header(path).items():
+            if name in stored:
+                raise CheckpointError(f"{name}: stored twice, in {stored[name].path.name} and {path.name}")
+            stored[name] = tensor
+    return stored
+
+
+def _per_expert(spec: TensorSpec, text: dict[str, str]) -> list[_Segment] | None:
+    """The stored tensors that make up a fused expert weight where experts are kept one by one, in row order."""
+    if spec.role != "decoder.experts":
+        return None
+    base, kind = spec.name.rsplit(".", 1)
+    num_experts, num_rows, _ = spec.shape
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    names = [f"{base}.{expert}.{part}.weight" for expert in range(num_experts) for part in parts]
+    if any(name not in text for name in names):
+        return None
+    return [_Segment(text.pop(name), num_rows // len(parts)) for name in names]

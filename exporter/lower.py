@@ -1,0 +1,38 @@
+"""One lowering per backend: a traced graph of semantic ops becomes what that backend runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from gemma4_export.exporter.passes.lower_attention import LowerAttention
+from gemma4_export.exporter.passes.lower_linear import LowerLinear
+from gemma4_export.exporter.passes.lower_moe import LowerMoE
+from gemma4_export.exporter.passes.place_initializers import PlaceInitializers
+from gemma4_export.exporter.passes.static_reshapes import StaticReshapes
+from gemma4_export.exporter.passes.tidy import Tidy
+from gemma4_export.exporter.passes.unit_norms import UnitNorms
+from gemma4_export.exporter.weights import PlacedWeight
+
+GRAPHS_FOLDER = "graphs"
+
+
+def lower_ort_cpu(model: ir.Model, placed: Mapping[str, PlacedWeight]) -> ir.Model:
+    """onnxruntime's CPU provider, computing in float32 with its built-in kernels. ``model`` is consumed."""
+    passes = ir.passes.PassManager(
+        [
+            Tidy(),
+            StaticReshapes(),
+            UnitNorms(),
+            LowerLinear(),
+            LowerAttention(),
+            LowerMoE(),
+            PlaceInitializers(placed, graph_folder=GRAPHS_FOLDER),
+            Tidy(),
+        ]
+    )
+    lowered = passes(model).model
+    left = sorted({node.op_type for node in lowered.graph if node.domain == "gemma4"})
+    assert not left, f"semantic ops not lowered: {left}"
+    return lowered

@@ -1,0 +1,133 @@
+"""Writes an artifact folder whole or not at all: work happens in ``OUT.partial``, renamed when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemma4_export.configs.errors import ConfigError
+from gemma4_export.configs.manifest import FileEntry
+
+TOKENIZER_FOLDER = "tokenizer"
+_REQUIRED = ("tokenizer.json", "generation_config.json")
+_OPTIONAL = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+_LOCK = ".gemma4-export.lock"
+
+
+@contextlib.contextmanager
+def partial_folder(out: Path) -> Iterator[Path]:
+    """A work folder beside ``out`` that becomes ``out`` when the block ends well and vanishes when it raises.
+
+    What a killed build left there is removed first; a build that still runs is refused by its lock.
+
+    Raises:
+        ConfigError: ``out`` exists, another build is writing it, or ``OUT.partial`` is not ours.
+    """
+    if out.exists():
+        raise ConfigError(f"{out}: exists already", hint=f"give another --out, or remove it: rm -r {out}")
+    work = out.with_name(out.name + ".partial")
+    lock = work / _LOCK
+    if work.exists() and not lock.is_file():
+        raise ConfigError(f"{work}: exists and was not made by gemma4-export", hint="give another --out")
+    work.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{work}: another build is writing here", hint="wait for it, or give another --out"
+            ) from error
+        for leftover in work.iterdir():
+            if leftover != lock:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        try:
+            yield work
+        except BaseException:
+            shutil.rmtree(work)
+            raise
+        lock.unlink()
+        work.rename(out)
+
+
+def copy_tokenizer(checkpoint: Path, work: Path, *, vocab_size: int) -> bool:
+    """Copy the tokenizer files as they are, and say whether the checkpoint can chat (has a template).
+
+    Raises:
+        ConfigError: a file is missing, is not JSON, or names ids that the model does not have.
+    """
+    folder = work / TOKENIZER_FOLDER
+    folder.mkdir()
+    for name in (*_REQUIRED, *_OPTIONAL):
+        source = checkpoint / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+        elif name in _REQUIRED:
+            raise ConfigError(f"{checkpoint}: no {name}", hint="download it from the model's page into the same folder")
+    highest = _highest_id(folder / "tokenizer.json")
+    if highest >= vocab_size:
+        raise ConfigError(
+            f"tokenizer.json: token id {highest}, the model's vocabulary has {vocab_size}",
+            hint="tokenizer.json and config.json belong to different models",
+        )
+    template = folder / "chat_template.jinja"
+    if not template.is_file():
+        # Older transformers saved the template inside tokenizer_config.json.
+        config = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        if isinstance(config.get("chat_template"), str):
+            template.write_text(config["chat_template"], encoding="utf-8")
+    return template.is_file()
+
+
+def hash_files(work: Path, known: dict[str, FileEntry]) -> dict[str, FileEntry]:
+    """Size and sha256 of every file in ``work``, those in ``known`` taken from there."""
+    entries = dict(known)
+    for path in sorted(work.rglob("*")):
+        name = path.relative_to(work).as_posix()
+        if path.is_file() and name != _LOCK and name not in entries:
+            entries[name] = hash_file(path)
+    return entries
+
+
+def hash_file(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(bytes=path.stat().st_size, sha256=digest)
+
+
+def hash_header(path: Path) -> FileEntry:
+    """A safetensors file by size and the sha256 of its header: hashing 60 GB would take longer than building."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    return FileEntry(bytes=path.stat().st_size, sha256=hashlib.sha256(length + header).hexdigest())
+
+
+def _highest_id(path: Path) -> int:
+    tokenizer = _read_json(path)
+    try:
+        ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer.get("added_tokens", []))]
+        return max(int(index) for index in ids)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path.name}: has no vocabulary ({error!r})", hint="download it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path.name}: not JSON ({error})", hint="download it again") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path.name}: expected a JSON object, found {type(value).__name__}")
+    return value
