@@ -1,0 +1,67 @@
+"""Opens an artifact folder: manifest read, every size checked, small files hashed, before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.configs.manifest import MANIFEST_NAME, FileEntry, Manifest
+
+# Hashing runs at about 2 GB/s: files up to this size cost load at most 30 ms each, weights can take minutes.
+SMALL_FILE_BYTES = 64 << 20
+_FETCH_AGAIN = "copy the folder again, or build it again with gemma4-export build"
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An artifact folder whose files are those that its manifest lists."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path, *, check: Literal["small", "full"] = "small") -> Artifact:
+        """Read the manifest and check the files.
+
+        Args:
+            check: "small" compares every size and hashes files up to 64 MiB; "full" hashes the weights as well.
+        Raises:
+            ArtifactError: no artifact, of another format, damaged, or naming files outside its folder.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            cause = "no manifest.json in it" if folder.is_dir() else "no such folder"
+            hint = "an artifact is a folder that gemma4-export build wrote"
+            if folder.name.endswith(".partial"):
+                hint = "this build did not finish; run it again"
+            raise ArtifactError(f"{folder}: {cause}", hint=hint)
+        try:
+            manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"{path}: not UTF-8 ({error.reason})", hint=_FETCH_AGAIN) from error
+        artifact = cls(folder, manifest)
+        for name, entry in manifest.files.items():
+            artifact._check_file(name, entry, hashes=check == "full" or entry.bytes <= SMALL_FILE_BYTES)
+        return artifact
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def _check_file(self, name: str, entry: FileEntry, *, hashes: bool) -> None:
+        path = self.path(name)
+        if not path.is_file():
+            raise ArtifactError(f"{name}: listed in {MANIFEST_NAME}, missing in {self.folder}", hint=_FETCH_AGAIN)
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ArtifactError(f"{name}: a link that leads out of {self.folder}", hint=_FETCH_AGAIN)
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise ArtifactError(f"{name}: expected {entry.bytes} bytes, found {size}", hint=_FETCH_AGAIN)
+        if hashes:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry.sha256:
+                raise ArtifactError(f"{name}: sha256 {found[:12]}…, expected {entry.sha256[:12]}…", hint=_FETCH_AGAIN)

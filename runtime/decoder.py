@@ -1,0 +1,125 @@
+"""The decoder of an artifact as one function: ids in, logits out, in chunks, over one sequence's KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma4_export.configs.errors import ContractError
+from gemma4_export.runtime.artifact import Artifact
+from gemma4_export.runtime.kv_cache import KVCache
+from gemma4_export.runtime.rope import RopeTable
+from gemma4_export.runtime.session import open_session
+from gemma4_export.runtime.tables import EmbeddingTable
+
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
+Int64 = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Decoder:
+    """Embedding tables, RoPE and the decoder graph of one artifact."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        manifest = self.manifest = artifact.manifest
+        self._session = open_session(artifact)
+        self._tokens = EmbeddingTable(artifact, manifest.embed_tokens)
+        per_layer = manifest.embed_tokens_per_layer
+        self._per_layer = None if per_layer is None else EmbeddingTable(artifact, per_layer)
+        self._rope = {"rope_global": RopeTable(manifest.rope_global)}
+        if manifest.rope_sliding is not None:
+            self._rope["rope_sliding"] = RopeTable(manifest.rope_sliding)
+        self._input_names = [name for name in manifest.graphs["decoder"].inputs if not name.startswith("past_")]
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.manifest.kv, self.manifest.context)
+
+    def forward(
+        self, ids: Sequence[int], cache: KVCache, *, chunk: int | None = None, rows: Sequence[int] | None = None
+    ) -> Float32:
+        """Append ``ids`` to the sequence in ``cache`` and compute logits.
+
+        Args:
+            ids: [T] token ids, at least one.
+            cache: the sequence so far; grows by T tokens.
+            chunk: tokens per call of the graph, at most the artifact's ``chunk`` (the default).
+            rows: indices into ``ids`` whose logits are wanted, any order, repeats allowed; None: all of them.
+        Returns:
+            logits [R, V] float32, in the order of ``rows``.
+        Raises:
+            ContractError: no ids, an id or a row out of range, a chunk too long, or no room in the context.
+        """
+        tokens = self._check_ids(ids)
+        chunk = self._check_chunk(chunk)
+        wanted = np.arange(len(tokens)) if rows is None else self._check_rows(rows, len(tokens))
+        if cache.length + len(tokens) > cache.context:
+            raise ContractError(
+                f"{cache.length} + {len(tokens)} tokens do not fit the context of {cache.context}",
+                hint="shorten the prompt, or build with a larger --context",
+            )
+        logits = np.empty((len(wanted), self.manifest.model.vocab_size), np.float32)
+        for start, part in self._chunks(tokens, chunk):
+            here = np.flatnonzero((wanted >= start) & (wanted < start + len(part)))
+            # The graph needs one row at least; one is cheap where KV-shared layers run for the wanted rows only.
+            local = wanted[here] - start if len(here) else np.zeros(1, np.int64)
+            result = self._call(part, cache, local)
+            logits[here] = result[: len(here)]
+        return logits
+
+    def _call(self, tokens: Int64, cache: KVCache, rows: Int64) -> Float32:
+        position, count = cache.length, len(tokens)
+        slots = cache.reserve(count)
+        feeds: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
+            "inputs_embeds": self._tokens.gather(tokens)[None],
+            "sliding_write_index": np.array([slots.sliding_write_index], np.int64),
+            "global_write_index": np.array([slots.global_write_index], np.int64),
+            "sliding_start": slots.sliding_start,
+            "sliding_end": slots.sliding_end,
+            "global_end": slots.global_end,
+            "output_rows": rows.astype(np.int64),
+        }
+        for name, table in self._rope.items():
+            feeds[name] = table.cos_sin(position, count)
+        if self._per_layer is not None:
+            model = self.manifest.model
+            shape = (1, count, model.num_layers, model.hidden_size_per_layer_input)
+            feeds["per_layer_inputs"] = self._per_layer.gather(tokens).reshape(shape)
+        logits = self._session.run({name: feeds[name] for name in self._input_names}, cache)
+        cache.advance(count)
+        return logits
+
+    def _chunks(self, tokens: Int64, chunk: int) -> Iterator[tuple[int, Int64]]:
+        for start in range(0, len(tokens), chunk):
+            yield start, tokens[start : start + chunk]
+
+    def _check_ids(self, ids: Sequence[int]) -> Int64:
+        tokens = np.asarray(ids)
+        if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ContractError(f"ids: expected a list of at least one integer, found {_describe(tokens)}")
+        vocab_size = self.manifest.model.vocab_size
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            worst = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
+            raise ContractError(f"ids: {worst} is outside the vocabulary of {vocab_size}")
+        return tokens.astype(np.int64)
+
+    def _check_chunk(self, chunk: int | None) -> int:
+        longest = self.manifest.chunk
+        if chunk is None:
+            return longest
+        if not 1 <= chunk <= longest:
+            raise ContractError(
+                f"chunk: expected 1 to {longest}, found {chunk}", hint="build with a larger --chunk for longer ones"
+            )
+        return chunk
+
+    def _check_rows(self, rows: Sequence[int], count: int) -> Int64:
+        wanted = np.asarray(rows, np.int64).reshape(-1)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= count):
+            worst = int(wanted.min()) if wanted.min() < 0 else int(wanted.max())
+            raise ContractError(f"rows: {worst} is not an index into {count} ids")
+        return wanted
+
+
+def _describe(tokens: np.ndarray[Any, np.dtype[Any]]) -> str:
+    return "none" if tokens.size == 0 else f"shape {list(tokens.shape)} of {tokens.dtype}"

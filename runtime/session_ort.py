@@ -1,0 +1,68 @@
+"""onnxruntime sessions: caches bound in place, so that a step writes its tokens' slots and copies nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.runtime.kv_cache import KVCache
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_ERRORS_ONLY = 3
+
+
+class OrtSession:
+    """One graph on onnxruntime's CPU provider."""
+
+    def __init__(self, path: Path, *, log_severity: int = _ERRORS_ONLY) -> None:
+        """Load ``path``; its external data is mapped and packed by onnxruntime.
+
+        Raises:
+            ArtifactError: onnxruntime is not installed, or does not accept the graph.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ArtifactError(
+                "onnxruntime is not installed", hint='pip install "gemma4-export[cpu]"  (or [gpu], never both)'
+            ) from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = log_severity
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own classes have no common base below Exception
+            raise ArtifactError(
+                f"{path.name}: onnxruntime {onnxruntime.__version__} does not load it: {str(error).splitlines()[0]}",
+                hint='pip install --upgrade "onnxruntime>=1.31.1"',
+            ) from error
+        self._binding: Any = None
+        self._bound: tuple[int, int] | None = None
+
+    def run(self, feeds: Mapping[str, Array], cache: KVCache) -> Array:
+        """Run one call. Returns logits [R, V] float32; ``cache`` holds this call's keys and values afterwards."""
+        if self._bound != (id(cache), cache.generation):
+            self._bind_cache(cache)
+        for name, array in feeds.items():
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        self._binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(self._binding)
+        logits: Array = self._binding.get_outputs()[0].numpy()
+        return logits
+
+    def _bind_cache(self, cache: KVCache) -> None:
+        """Bind each buffer as input and output at once: TensorScatter then writes in place."""
+        self._binding = self._session.io_binding()
+        self._binding.bind_output("logits", "cpu")
+        for layer, buffers in cache.buffers.items():
+            for part, buffer in zip(("key", "value"), buffers, strict=True):
+                at = ("cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+                self._binding.bind_input(f"past_key_values.{layer}.{part}", *at)
+                self._binding.bind_output(f"present.{layer}.{part}", *at)
+        # The binding holds raw addresses: the cache must live as long as it does.
+        self._cache = cache
+        self._bound = (id(cache), cache.generation)
