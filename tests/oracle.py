@@ -151,8 +151,9 @@ def find_prompt(oracle: Oracle, *, length: int, seed: int = 0) -> list[int]:
 def find_greedy_prompt(oracle: Oracle, *, length: int, count: int, seed: int = 0) -> tuple[list[int], list[int]]:
     """A random prompt and its `count` greedy ids, none of which hangs on rounding.
 
-    Over the whole sequence the router margin holds and every top-2 margin is above twice the bound; no produced id is a
-    control token, so that a stop id ends nothing early.
+    Over the whole sequence the router margin holds and every top-2 margin is above twice the bound. No produced id is a
+    control token, so that a stop id ends nothing early, and a third of them differ: a model that repeats one id
+    for ever would agree with any other that does.
 
     Raises:
         LookupError: none of 200 prompts will do.
@@ -160,7 +161,7 @@ def find_greedy_prompt(oracle: Oracle, *, length: int, count: int, seed: int = 0
     for attempt in range(200):
         ids = random_prompt(length=length, seed=1000 * seed + attempt)
         produced, margin = oracle.greedy(ids, count)
-        if control_ids() & set(produced) or margin <= 2 * MIN_BOUND:
+        if control_ids() & set(produced) or len(set(produced)) < count // 3 or margin <= 2 * MIN_BOUND:
             continue
         sequence = ids + produced[:-1]
         if oracle.router_margin(sequence) > MIN_ROUTER_MARGIN and margin > 2 * oracle.bound(sequence):

@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -26,6 +27,8 @@ from transformers import (
 )
 
 from gemma4_export.exporter.small_tokenizer import write_small_tokenizer
+
+transformers.utils.logging.disable_progress_bar()
 
 STRUCTURES = ("e2b", "e4b", "12b", "26b-a4b", "31b")
 
@@ -320,8 +323,13 @@ def _draw(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     if last in ("input_min", "output_min", "input_max", "output_max"):
         bound = 2 + 0.3 * noise.abs()
         return -bound if last.endswith("min") else bound
+    if name == "norm.weight":
+        # With random signs, a row times itself comes to nothing; else the tied head likes to repeat the last id for ever.
+        return (1 + 0.3 * noise) * torch.sign(torch.randn(shape, generator=generator))
+    if last == "layer_scalar":
+        return 1 + 0.3 * noise.clamp(-1.5, 1.5)  # a scalar near 0 would cut off the layers before it
     is_norm = last == "weight" and len(shape) == 1
-    if is_norm or last in ("layer_scalar", "scale", "per_expert_scale", "std_scale"):
+    if is_norm or last in ("scale", "per_expert_scale", "std_scale"):
         return 1 + 0.3 * noise
     return 0.2 * noise
 
@@ -336,14 +344,16 @@ def _make_routing_clear(weights: dict[str, torch.Tensor]) -> None:
     differ by less than 1e-4; there float32 takes another expert than float64, and the oracle disagrees with itself by
     0.3. So three channels of the residual stream carry one sign each from the token's embedding to all routers, and
     experts j and j + 8 look for the three signs that spell j. Their scores are 3, 1, -1 or -3 times an amplitude plus
-    noise; the upper 8 are always those of the experts that differ in at most one sign. Each of the 8 sign patterns
-    still has its own 8 experts and its own weights.
+    noise; the upper 8 are, but for rare noise, those of the experts that differ in at most one sign. Each of the 8 sign
+    patterns still has its own 8 experts, and each token its own weights.
     """
     for name, weight in weights.items():
+        if "vision_tower" in name or weight.dim() == 0:
+            continue
         routing = weight[..., _ROUTING_CHANNELS]  # a view
         if name.endswith("embed_tokens.weight"):
-            # 4.5 after the scale sqrt(hidden_size), where other channels have about 1.6
-            routing.copy_(torch.sign(routing) * 4.5 / math.sqrt(weight.shape[1]) + routing / 4)
+            # 6 after the scale sqrt(hidden_size), where other channels have about 1.6
+            routing.copy_(torch.sign(routing) * 6 / math.sqrt(weight.shape[1]) + routing / 4)
         elif name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
             routing *= 0.1  # what layers add must not drown the signs
         elif name.endswith(".norm.weight"):
@@ -352,8 +362,8 @@ def _make_routing_clear(weights: dict[str, torch.Tensor]) -> None:
             routing.copy_(1 + (routing - 1) / 4)  # a channel that outweighs the other two would split the upper 8
         elif name.endswith("router.proj.weight"):
             signs = [[1.0 if j >> bit & 1 else -1.0 for bit in range(3)] for j in range(8)]
-            weight[:, 3:] *= 0.5
-            routing.copy_(4 * torch.tensor(signs + signs) * (1 + routing / 2))
+            weight[:, 3:] *= 0.4
+            routing.copy_(4 * torch.tensor(signs + signs) * (1 + routing / 4))
 
 
 def _quieten_control_tokens(weights: dict[str, torch.Tensor]) -> None:
