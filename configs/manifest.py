@@ -74,6 +74,17 @@ class KVLayout:
     global_bucket: int
     caches: list[CacheEntry]
 
+    def num_bytes(self, global_slots: int) -> int:
+        """Bytes of all caches, keys and values in float32, when the global ones have ``global_slots`` slots."""
+        return sum(
+            2
+            * 4
+            * cache.num_kv_heads
+            * cache.head_dim
+            * (self.sliding_slots if cache.kind == "sliding" else global_slots)
+            for cache in self.caches
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:

@@ -55,6 +55,19 @@ class BuildOptions:
     chunk: int
 
 
+def check_target(target: Target) -> None:
+    """Refuse a target that none of our backends runs on: no CPU graph ever carries the name of a GPU.
+
+    Raises:
+        ConfigError: the target's backends do not exist yet.
+    """
+    if BACKEND not in target.backends:
+        raise ConfigError(
+            f"target {target.name} runs {' or '.join(target.backends)}; this version builds {BACKEND} only",
+            hint="--target cpu builds a folder that runs on any machine's processor",
+        )
+
+
 def resolve_options(
     config: ModelConfig, *, model_name: str, target: Target, recipe: Recipe, context: int | None, chunk: int | None
 ) -> BuildOptions:
@@ -63,11 +76,7 @@ def resolve_options(
     Raises:
         ConfigError: the target's backends do not exist yet, or context and chunk are out of range.
     """
-    if BACKEND not in target.backends:
-        raise ConfigError(
-            f"target {target.name} runs {' or '.join(target.backends)}; this version builds {BACKEND} only",
-            hint="--target cpu builds a folder that runs on any machine's processor",
-        )
+    check_target(target)
     longest = config.max_position_embeddings
     context = longest if context is None else context
     if not 1 <= context <= longest:

@@ -18,7 +18,6 @@ TOKENIZER_FOLDER = "tokenizer"
 _REQUIRED = ("tokenizer.json", "generation_config.json")
 _OPTIONAL = (
     "tokenizer_config.json",
-    "chat_template.jinja",
     "special_tokens_map.json",
     "processor_config.json",
     "preprocessor_config.json",
@@ -81,13 +80,19 @@ def copy_tokenizer(checkpoint: Path, work: Path, *, vocab_size: int) -> bool:
             f"tokenizer.json: token id {highest}, the model's vocabulary has {vocab_size}",
             hint="tokenizer.json and config.json belong to different models",
         )
-    template = folder / "chat_template.jinja"
-    if not template.is_file():
-        # Older transformers saved the template inside tokenizer_config.json.
-        config = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        if isinstance(config.get("chat_template"), str):
-            template.write_text(config["chat_template"], encoding="utf-8")
-    return template.is_file()
+    template = read_chat_template(checkpoint)
+    if template is not None:
+        (folder / "chat_template.jinja").write_bytes(template.encode())
+    return template is not None
+
+
+def read_chat_template(checkpoint: Path) -> str | None:
+    """The checkpoint's chat template: its own file, or, as older transformers saved it, in tokenizer_config.json."""
+    template, config = checkpoint / "chat_template.jinja", checkpoint / "tokenizer_config.json"
+    if template.is_file():
+        return template.read_bytes().decode()
+    inline = _read_json(config).get("chat_template") if config.is_file() else None
+    return inline if isinstance(inline, str) else None
 
 
 def hash_files(work: Path, known: dict[str, FileEntry]) -> dict[str, FileEntry]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ContractError
-from gemma4_export.runtime.artifact import Artifact
 from gemma4_export.runtime.kv_cache import KVCache
 from gemma4_export.runtime.rope import RopeTable
 from gemma4_export.runtime.session import open_session

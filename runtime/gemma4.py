@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ConfigError, ContractError
-from gemma4_export.runtime.artifact import Artifact
 from gemma4_export.runtime.chat_template import ChatTemplate
 from gemma4_export.runtime.decoder import Decoder, Float32
 from gemma4_export.runtime.generate import greedy

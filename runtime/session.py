@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ArtifactError
-from gemma4_export.runtime.artifact import Artifact
 from gemma4_export.runtime.kv_cache import KVCache
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.manifest import TableEntry
-from gemma4_export.runtime.artifact import Artifact
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 

@@ -1,0 +1,30 @@
+"""``gemma4-run``: artifact folders to text."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gemma4_export import __version__
+from gemma4_export.configs.command_line import run
+from gemma4_export.runtime.commands.generate import generate
+
+app = typer.Typer(
+    name="gemma4-run",
+    help="Run what gemma4-export built.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    run(app)
