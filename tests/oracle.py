@@ -18,6 +18,9 @@ MIN_BOUND = 2e-4  # logits; below it, the order of float32 sums alone decides
 MIN_ROUTER_MARGIN = 1e-3  # probability between the last expert taken and the first one left
 
 
+_UNREAD_WHERE_KV_IS_SHARED = ("k_proj", "v_proj", "k_norm")
+
+
 class _Float64(TorchFunctionMode):
     """Runs the places where the model asks for float32 (norms, softmax, RoPE) in float64 too."""
 
@@ -46,18 +49,19 @@ class Oracle:
         config = AutoConfig.from_pretrained(folder)
         stored = _fuse_experts(_load_tensors(folder))
         stored = {name: tensor.to(getattr(torch, weights)).float() for name, tensor in stored.items()}
-        self.model = (
-            getattr(transformers, config.architectures[0])
-            .from_pretrained(
-                None,
-                config=config,
-                state_dict=stored,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                experts_implementation="eager",
-            )
-            .eval()
+        self.model, report = getattr(transformers, config.architectures[0]).from_pretrained(
+            None,
+            config=config,
+            state_dict=stored,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            output_loading_info=True,
         )
+        # transformers draws a tensor that it does not find at random. Only KV-shared layers may have theirs unread.
+        unread = {name for name in report["unexpected_keys"] if name.split(".")[-2] not in _UNREAD_WHERE_KV_IS_SHARED}
+        assert not unread | set(report["missing_keys"]) | set(report["mismatched_keys"]), report
+        self.model.eval()
         self.model.requires_grad_(False)
         text_config = config.get_text_config()
         self._top_k = text_config.top_k_experts if getattr(text_config, "enable_moe_block", False) else None

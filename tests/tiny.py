@@ -324,7 +324,7 @@ def _draw(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
         bound = 2 + 0.3 * noise.abs()
         return -bound if last.endswith("min") else bound
     if name == "norm.weight":
-        # With random signs, a row times itself comes to nothing; else the tied head likes to repeat the last id for ever.
+        # With random signs a row times itself comes to nothing; else the tied head repeats the last id for ever.
         return (1 + 0.3 * noise) * torch.sign(torch.randn(shape, generator=generator))
     if last == "layer_scalar":
         return 1 + 0.3 * noise.clamp(-1.5, 1.5)  # a scalar near 0 would cut off the layers before it
