@@ -77,9 +77,8 @@ def _name(checkpoint: Checkpoint) -> str:
 
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
     size = sum(entry.bytes for entry in manifest.files.values())
-    print(
-        f"{folder}: {manifest.model.name} for {manifest.target}, {manifest.recipe}, {size / 1e6:.1f} MB, {seconds:.0f} s"
-    )
+    what = f"{manifest.model.name} for {manifest.target}, {manifest.recipe}"
+    print(f"{folder}: {what}, {size / 1e6:.1f} MB, {seconds:.0f} s")
     for prefix in NOT_PACKED_PREFIXES:
         count = sum(name.startswith(prefix) for name in manifest.not_packed)
         if count:
