@@ -39,8 +39,9 @@ class Oracle:
 
     Args:
         folder: checkpoint folder, any spelling and storage that `tiny.write_checkpoint` writes.
-        weights: "float32" takes the stored values; "bfloat16" rounds each to bfloat16 first. Both compute in float32,
-            so sqrt(hidden_size), which scales embeddings, is not rounded in either.
+        weights: "float32" takes the stored values; "bfloat16" rounds each matrix to bfloat16 first, as the bf16
+            recipe does (norms and scalars stay). Both compute in float32, so sqrt(hidden_size), which scales
+            embeddings, is not rounded in either.
     """
 
     def __init__(self, folder: Path | str, *, weights: str = "float32") -> None:
@@ -48,7 +49,10 @@ class Oracle:
         folder = Path(folder)
         config = AutoConfig.from_pretrained(folder)
         stored = _fuse_experts(_load_tensors(folder))
-        stored = {name: tensor.to(getattr(torch, weights)).float() for name, tensor in stored.items()}
+        stored = {
+            name: (tensor.to(getattr(torch, weights)) if tensor.ndim >= 2 else tensor).float()
+            for name, tensor in stored.items()
+        }
         self.model, report = getattr(transformers, config.architectures[0]).from_pretrained(
             None,
             config=config,

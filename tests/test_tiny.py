@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from oracle import MIN_ROUTER_MARGIN, Oracle, _Float64, find_greedy_prompt, find_prompt, oracle, random_prompt
+from oracle import (
+    MIN_BOUND,
+    MIN_ROUTER_MARGIN,
+    Oracle,
+    _Float64,
+    find_greedy_prompt,
+    find_prompt,
+    oracle,
+    random_prompt,
+)
 from safetensors.torch import load_file
 from tiny import STRUCTURES, checkpoint, hub_config, write_checkpoint
 from transformers import AutoConfig, DynamicCache
@@ -109,12 +118,19 @@ def test_shards_hold_every_tensor_once_and_the_index_says_where():
 
 def test_bfloat16_checkpoint_is_the_rounded_float32_one():
     folder = checkpoint("e2b", dtype="bfloat16")
-    assert {tensor.dtype for tensor in tensors(folder).values()} == {torch.bfloat16}
+    stored = tensors(folder)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    exact = tensors(checkpoint("e2b"))
+    assert stored.keys() == exact.keys()
+    assert all(torch.equal(tensor, exact[name].bfloat16()) for name, tensor in stored.items())
     ids = random_prompt(length=24, seed=0)
-    exact = oracle(checkpoint("e2b"))
-    rounded = oracle(checkpoint("e2b"), weights="bfloat16").logits(ids)
-    assert np.array_equal(oracle(folder).logits(ids), rounded)
-    assert np.abs(rounded - exact.logits(ids)).max() > 10 * exact.bound(ids)
+    assert np.abs(oracle(folder).logits(ids) - oracle(checkpoint("e2b")).logits(ids)).max() > 10 * MIN_BOUND
+
+
+def test_rounded_weights_are_the_matrices_only():
+    rounded, exact = oracle(checkpoint("e2b"), weights="bfloat16").model, oracle(checkpoint("e2b")).model
+    for (name, mine), theirs in zip(rounded.named_parameters(), exact.parameters(), strict=True):
+        assert torch.equal(mine, theirs.bfloat16().float() if theirs.ndim >= 2 else theirs), name
 
 
 def test_same_arguments_give_the_same_bytes(tmp_path):
