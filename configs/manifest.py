@@ -18,7 +18,6 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gemma4_export.configs.errors import ArtifactError
-from gemma4_export.configs.recipe import ITEM_BYTES, WeightFormat
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
@@ -39,20 +38,47 @@ class RopeEntry:
     num_frequencies: int
 
 
+@dataclass(frozen=True, slots=True)
+class ScalesEntry:
+    """Scales [rows, per_row] in the table's file; column c of a row takes scale ``c // (columns // per_row)``."""
+
+    offset: int
+    dtype: Literal["float16", "float32"]
+    per_row: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableEntry:
-    """Rows that the host gathers: the embedding of token i is row i times ``scale``, in float32."""
+    """Rows that the host gathers: the embedding of token i is row i times ``scale``, in float32.
+
+    ``format`` is float32, bfloat16, int8 or int4/BLOCK (``configs/formats.py``). Codes are stored unsigned, 8 or 128
+    above their signed value, because the decoder's head may read the same bytes.
+    """
 
     file: str
+    format: str
     offset: int
-    format: WeightFormat
+    scales: ScalesEntry | None
     rows: int
     columns: int
     scale: float
 
-    @property
-    def num_bytes(self) -> int:
-        return self.rows * self.columns * ITEM_BYTES[self.format]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CensusEntry:
+    """What the weights of one role were stored as.
+
+    ``relative_error`` is sqrt(sum of squared rounding errors / sum of squared weights). ``codes_kept`` of ``codes``
+    were copied from a quantised checkpoint as they were.
+    """
+
+    format: str
+    tensors: int
+    parameters: int
+    bytes: int
+    relative_error: float
+    codes: int
+    codes_kept: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +143,10 @@ class Manifest:
     model: ModelEntry
     target: str
     recipe: str
+    activations: Literal["int8", "fp32"]
+    """What quantised matrices are multiplied with: activations rounded to int8 per block, or float32."""
+    census: dict[str, CensusEntry]
+    """By role."""
     context: int
     """Longest sequence, prompt and answer together (tokens)."""
     chunk: int

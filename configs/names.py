@@ -20,13 +20,17 @@ Role = Literal[
     "decoder.experts",
     "decoder.router",
     "decoder.per_layer",
+    "decoder.head",
     "decoder.norm",
     "embeddings.tokens",
     "embeddings.per_layer",
 ]
-ROLES: tuple[Role, ...] = get_args(Role)
+RECIPE_ROLES: tuple[Role, ...] = tuple(role for role in get_args(Role) if role != "decoder.norm")
+"""Roles whose format a recipe chooses."""
 
 EMBED_TOKENS = "embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+"""The decoder's head. Its values are the token table's; it may be stored in another format."""
 EMBED_TOKENS_PER_LAYER = "embed_tokens_per_layer.weight"
 
 # Prefixes under which checkpoints store the decoder: multimodal classes, then text-only ones.

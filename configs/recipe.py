@@ -1,40 +1,71 @@
-"""Recipes: how an artifact stores weights. A recipe decides what each weight is rounded to, not what is computed."""
+"""Recipes: how an artifact stores weights, one format per role. A recipe decides what each weight is rounded to."""
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from gemma4_export.configs.errors import ConfigError, nearest
-from gemma4_export.configs.names import Role
+from gemma4_export.configs.formats import FLOAT32, WeightFormat
+from gemma4_export.configs.names import RECIPE_ROLES, Role
+from gemma4_export.configs.toml import check_keys, load_named, names_in
 
-WeightFormat = Literal["float32", "bfloat16"]
-ITEM_BYTES: dict[WeightFormat, int] = {"float32": 4, "bfloat16": 2}
+_FOLDER = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One storage format for all matrices; norms and scalars are a rounding error of the bytes and stay float32."""
+    """A format for every role. Norms and scalars are a rounding error of the bytes and stay float32."""
 
     name: str
-    matrices: WeightFormat
+    title: str
+    formats: Mapping[Role, WeightFormat]
+    prefers_qat: bool
+    """On a hub id, take the quantisation-aware checkpoint of that model where one exists."""
 
     def format_of(self, role: Role) -> WeightFormat:
-        return "float32" if role == "decoder.norm" else self.matrices
+        return FLOAT32 if role == "decoder.norm" else self.formats[role]
 
 
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (Recipe(name="fp32", matrices="float32"), Recipe(name="bf16", matrices="bfloat16"))
-}
+def recipe_names() -> list[str]:
+    return names_in(_FOLDER)
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe called ``name``.
+    """The shipped recipe called ``name``, or the one in a TOML file of that path.
 
     Raises:
-        ConfigError: there is none; the hint names the nearest.
+        ConfigError: there is none, or it names a role or a format that does not exist; the hint names the nearest.
     """
-    if name not in RECIPES:
-        raise ConfigError(f"recipe {name!r} is not known", hint=nearest(name, RECIPES))
-    return RECIPES[name]
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            return _parse(tomllib.loads(path.read_text(encoding="utf-8")), path.name)
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path}: not a readable TOML file ({error})") from error
+    return _parse(load_named(_FOLDER, name, "recipe"), f"recipes/{name}.toml")
+
+
+def _parse(values: Mapping[str, Any], where: str) -> Recipe:
+    check_keys(values, {"name", "title", "roles"}, {"prefers_qat"}, where)
+    roles = values["roles"]
+    if not isinstance(roles, Mapping):
+        raise ConfigError(f"{where}: roles: expected a table, found {type(roles).__name__}")
+    formats: dict[Role, WeightFormat] = {}
+    for role, text in roles.items():
+        if role not in RECIPE_ROLES:
+            raise ConfigError(f"{where}: role {role!r} does not exist", hint=nearest(role, RECIPE_ROLES))
+        formats[role] = WeightFormat.parse(str(text))
+    missing = [role for role in RECIPE_ROLES if role not in formats]
+    if missing:
+        raise ConfigError(f"{where}: no format for {', '.join(missing)}", hint=f'add "{missing[0]}" = "bfloat16"')
+    return Recipe(
+        name=values["name"],
+        title=values["title"],
+        formats=MappingProxyType(formats),
+        prefers_qat=bool(values.get("prefers_qat", False)),
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,22 +20,27 @@ from gemma4_export.configs.manifest import (
     FORMAT,
     MANIFEST_NAME,
     CacheEntry,
+    CensusEntry,
     FileEntry,
     GraphEntry,
     KVLayout,
     Manifest,
     ModelEntry,
     RopeEntry,
+    ScalesEntry,
     TableEntry,
 )
 from gemma4_export.configs.model import ModelConfig, RopeConfig
 from gemma4_export.configs.recipe import Recipe
 from gemma4_export.configs.target import Target
 from gemma4_export.exporter.checkpoint import Checkpoint, weight_files
-from gemma4_export.exporter.lower import GRAPHS_FOLDER, lower_ort_cpu
+from gemma4_export.exporter.lower import lower_ort_cpu
 from gemma4_export.exporter.package import copy_tokenizer, hash_file, hash_files, hash_header, partial_folder
+from gemma4_export.exporter.passes.external import GRAPHS_FOLDER
+from gemma4_export.exporter.passes.matmul import Activations
 from gemma4_export.exporter.trace import trace_decoder
-from gemma4_export.exporter.weights import PlacedWeight, place_weights, write_weights
+from gemma4_export.exporter.weights import PlacedWeight, Placement, place_weights
+from gemma4_export.exporter.write import WeightStats, Written, relative_error, write_weights
 
 BACKEND = "ort-cpu"  # the only one that this version lowers to
 DECODER_FILE = f"{GRAPHS_FOLDER}/decoder.onnx"
@@ -51,6 +58,7 @@ class BuildOptions:
     model_name: str
     target: Target
     recipe: Recipe
+    activations: Activations
     context: int
     chunk: int
 
@@ -69,7 +77,14 @@ def check_target(target: Target) -> None:
 
 
 def resolve_options(
-    config: ModelConfig, *, model_name: str, target: Target, recipe: Recipe, context: int | None, chunk: int | None
+    config: ModelConfig,
+    *,
+    model_name: str,
+    target: Target,
+    recipe: Recipe,
+    activations: Activations = "int8",
+    context: int | None = None,
+    chunk: int | None = None,
 ) -> BuildOptions:
     """Fill in what the user left open, and refuse what cannot be built.
 
@@ -84,7 +99,9 @@ def resolve_options(
     chunk = min(target.chunk, context) if chunk is None else chunk
     if not 1 <= chunk <= context:
         raise ConfigError(f"--chunk {chunk}: expected 1 to {context}, the context")
-    return BuildOptions(model_name=model_name, target=target, recipe=recipe, context=context, chunk=chunk)
+    return BuildOptions(
+        model_name=model_name, target=target, recipe=recipe, activations=activations, context=context, chunk=chunk
+    )
 
 
 def build_artifact(checkpoint: Checkpoint, options: BuildOptions, out: Path, on_progress: OnProgress) -> Manifest:
@@ -95,26 +112,31 @@ def build_artifact(checkpoint: Checkpoint, options: BuildOptions, out: Path, on_
         CheckpointError: a weight file is damaged.
     """
     config = checkpoint.config
+    placement = place_weights(checkpoint.specs.values(), options.recipe)
     with partial_folder(out) as work:
         is_chat = copy_tokenizer(checkpoint.folder, work, vocab_size=config.vocab_size)
-        placed = place_weights(checkpoint.specs.values(), options.recipe)
         on_progress("trace", f"{config.num_layers} layers on fake tensors", 0, 1)
-        model = lower_ort_cpu(trace_decoder(config), placed)
-        (work / GRAPHS_FOLDER).mkdir()
+        model = lower_ort_cpu(trace_decoder(config), placement, activations=options.activations)
+        (work / GRAPHS_FOLDER).mkdir(exist_ok=True)
         ir.save(model, work / DECODER_FILE)
         on_progress("trace", f"{len(model.graph)} nodes", 1, 1)
 
-        total, done = sum(placed[name].num_bytes for name in checkpoint.specs), 0
+        sources = _sources(checkpoint)
+        total, done = sum(w.placed.code_bytes + w.placed.scale_bytes for w in placement.stored), 0
 
         def on_bytes(name: str, count: int) -> None:
             nonlocal done
             done += count
             on_progress("weights", name, done, total)
 
-        written = write_weights(checkpoint, placed, work, on_bytes)
+        key = _build_key(options, sources)
+        written = write_weights(checkpoint, placement, work, key=key, on_bytes=on_bytes)
         on_progress("package", "hashing", 0, 1)
-        known = {file: FileEntry(bytes=size, sha256=digest) for file, (size, digest) in written.items()}
-        manifest = _manifest(checkpoint, options, placed, hash_files(work, known), is_chat=is_chat)
+        known = {file: FileEntry(bytes=size, sha256=digest) for file, (size, digest) in written.files.items()}
+        files = hash_files(work, known)
+        manifest = _manifest(
+            checkpoint, options, placement, census(placement, written), files=files, sources=sources, is_chat=is_chat
+        )
         (work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         on_progress("package", "done", 1, 1)
     return manifest
@@ -123,18 +145,18 @@ def build_artifact(checkpoint: Checkpoint, options: BuildOptions, out: Path, on_
 def _manifest(
     checkpoint: Checkpoint,
     options: BuildOptions,
-    placed: dict[str, PlacedWeight],
-    files: dict[str, FileEntry],
+    placement: Placement,
+    roles: dict[str, CensusEntry],
     *,
+    files: dict[str, FileEntry],
+    sources: dict[str, FileEntry],
     is_chat: bool,
 ) -> Manifest:
     config = checkpoint.config
     sliding, full = config.rope("sliding_attention"), config.rope("full_attention")
     assert full is not None  # the last layer is always global
     ple = config.hidden_size_per_layer_input
-    sources = {path.name: hash_header(path) for path in weight_files(checkpoint.folder)}
-    sources["config.json"] = hash_file(checkpoint.folder / "config.json")
-    packages = ("torch", "onnx", "onnx-ir", "onnxscript", "gemma4-export")
+    weights = placement.weights
     return Manifest(
         format=FORMAT,
         model=ModelEntry(
@@ -149,13 +171,15 @@ def _manifest(
         ),
         target=options.target.name,
         recipe=options.recipe.name,
+        activations=options.activations,
+        census=roles,
         context=options.context,
         chunk=options.chunk,
         rope_sliding=None if sliding is None else _rope_entry(sliding),
         rope_global=_rope_entry(full),
         kv=_kv_layout(config, options),
-        embed_tokens=_table(placed[names.EMBED_TOKENS], scale=config.hidden_size),
-        embed_tokens_per_layer=_table(placed[names.EMBED_TOKENS_PER_LAYER], scale=ple) if ple else None,
+        embed_tokens=_table(weights[names.EMBED_TOKENS], scale=config.hidden_size),
+        embed_tokens_per_layer=_table(weights[names.EMBED_TOKENS_PER_LAYER], scale=ple) if ple else None,
         graphs={
             "decoder": GraphEntry(
                 file=DECODER_FILE,
@@ -165,7 +189,7 @@ def _manifest(
             )
         },
         not_packed=checkpoint.not_packed,
-        versions={name: importlib.metadata.version(name) for name in packages},
+        versions=_versions(),
         sources=sources,
         files=files,
     )
@@ -195,12 +219,55 @@ def _kv_layout(config: ModelConfig, options: BuildOptions) -> KVLayout:
 
 
 def _table(weight: PlacedWeight, *, scale: int) -> TableEntry:
-    # transformers rounds sqrt(size) to the dtype it computes in, and ort-cpu computes in float32.
+    rows, columns = weight.row_shape
+    scales = weight.scales
     return TableEntry(
         file=weight.file,
+        format=str(weight.format),
         offset=weight.offset,
-        format=weight.format,
-        rows=weight.shape[0],
-        columns=weight.shape[1],
+        scales=None if scales is None else ScalesEntry(scales.offset, scales.dtype, scales.per_row),
+        rows=rows,
+        columns=columns,
+        # transformers rounds sqrt(size) to the dtype it computes in, and ort-cpu computes in float32.
         scale=float(np.float32(math.sqrt(scale))),
     )
+
+
+def census(placement: Placement, written: Written) -> dict[str, CensusEntry]:
+    """What each role became, summed over its weights. Every weight was written, or the weights stage had failed."""
+    sums: dict[str, WeightStats] = {}
+    counts: dict[str, int] = {}
+    formats: dict[str, str] = {}
+    for weight in placement.stored:
+        sums.setdefault(weight.role, WeightStats()).add(written.stats[weight.name])
+        counts[weight.role] = counts.get(weight.role, 0) + 1
+        formats[weight.role] = str(weight.placed.format)
+    return {
+        role: CensusEntry(
+            format=formats[role],
+            tensors=counts[role],
+            parameters=stats.parameters,
+            bytes=stats.bytes,
+            relative_error=relative_error(stats),
+            codes=stats.codes,
+            codes_kept=stats.codes_kept,
+        )
+        for role, stats in sums.items()
+    }
+
+
+def _sources(checkpoint: Checkpoint) -> dict[str, FileEntry]:
+    sources = {path.name: hash_header(path) for path in weight_files(checkpoint.folder)}
+    return {**sources, "config.json": hash_file(checkpoint.folder / "config.json")}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "onnx", "onnx-ir", "onnxscript", "gemma4-export")
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def _build_key(options: BuildOptions, sources: dict[str, FileEntry]) -> str:
+    """Names everything that decides the bytes of the weight files."""
+    formats = {role: str(form) for role, form in options.recipe.formats.items()}
+    parts = [formats, {name: asdict(entry) for name, entry in sources.items()}, _versions()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

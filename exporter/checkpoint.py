@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma4_export.configs.errors import CheckpointError, ConfigError
+from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.names import (
     NOT_PACKED_PREFIXES,
@@ -179,8 +180,8 @@ class Checkpoint:
             first += segment.num_rows
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def slices(self, name: str, max_bytes: int = 128 << 20) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
-        """All rows of a decoder weight in order, a few at a time, so that no tensor need ever be whole in memory."""
+    def slices(self, name: str, form: WeightFormat, max_bytes: int) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+        """All rows of a decoder weight in order, at most ``max_bytes`` of float32 at a time, as they are stored."""
         num_rows, columns = self.specs[name].row_shape
         step = max(1, max_bytes // (columns * 4))
         for start in range(0, num_rows, step):

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import onnx_ir as ir
 
 from gemma4_export.exporter.passes.lower_attention import LowerAttention
 from gemma4_export.exporter.passes.lower_linear import LowerLinear
 from gemma4_export.exporter.passes.lower_moe import LowerMoE
+from gemma4_export.exporter.passes.matmul import Activations, MatMul
 from gemma4_export.exporter.passes.place_initializers import PlaceInitializers
 from gemma4_export.exporter.passes.static_reshapes import StaticReshapes
 from gemma4_export.exporter.passes.tidy import Tidy
 from gemma4_export.exporter.passes.unit_norms import UnitNorms
-from gemma4_export.exporter.weights import PlacedWeight
-
-GRAPHS_FOLDER = "graphs"
+from gemma4_export.exporter.weights import Placement
 
 
-def lower_ort_cpu(model: ir.Model, placed: Mapping[str, PlacedWeight]) -> ir.Model:
+def lower_ort_cpu(model: ir.Model, placement: Placement, *, activations: Activations) -> ir.Model:
     """onnxruntime's CPU provider, computing in float32 with its built-in kernels. ``model`` is consumed."""
+    matmul = MatMul(placement, activations)
     passes = ir.passes.PassManager(
         [
             Tidy(),
             StaticReshapes(),
             UnitNorms(),
-            LowerLinear(),
+            LowerLinear(matmul),
             LowerAttention(),
-            LowerMoE(),
-            PlaceInitializers(placed, graph_folder=GRAPHS_FOLDER),
+            LowerMoE(matmul),
             Tidy(),
+            # Last: folding constants must never see, let alone widen, the weights themselves.
+            PlaceInitializers(placement),
         ]
     )
     lowered = passes(model).model

@@ -6,13 +6,17 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gemma4_export.configs.errors import ConfigError
+from gemma4_export.configs.errors import CheckpointError, ConfigError
 from gemma4_export.configs.manifest import FileEntry
+from gemma4_export.exporter.passes.external import GRAPHS_FOLDER
+from gemma4_export.exporter.write import JOURNAL_NAME
 
 TOKENIZER_FOLDER = "tokenizer"
 _REQUIRED = ("tokenizer.json", "generation_config.json")
@@ -22,42 +26,54 @@ _OPTIONAL = (
     "processor_config.json",
     "preprocessor_config.json",
 )
-_LOCK = ".gemma4-export.lock"
+LOCK_NAME = ".gemma4-export.lock"
 
 
 @contextlib.contextmanager
 def partial_folder(out: Path) -> Iterator[Path]:
-    """A work folder beside ``out`` that becomes ``out`` when the block ends well and vanishes when it raises.
+    """A work folder beside ``out`` that becomes ``out`` when the block ends well.
 
-    What a killed build left there is removed first; a build that still runs is refused by its lock.
+    When the block raises because the input is wrong, the folder vanishes. When it is interrupted, killed, or the disk
+    is full, the folder stays, and the next build of the same input goes on from its journal. A build that still runs
+    is refused by its lock.
 
     Raises:
         ConfigError: ``out`` exists, another build is writing it, or ``OUT.partial`` is not ours.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: exists already", hint=f"give another --out, or remove it: rm -r {out}")
     work = out.with_name(out.name + ".partial")
-    lock = work / _LOCK
+    lock = work / LOCK_NAME
     if work.exists() and not lock.is_file():
         raise ConfigError(f"{work}: exists and was not made by gemma4-export", hint="give another --out")
     work.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as handle:
+    with lock.open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown process"
             raise ConfigError(
-                f"{work}: another build is writing here", hint="wait for it, or give another --out"
+                f"{work}: another build is writing here ({owner})", hint="wait for it, or give another --out"
             ) from error
-        for leftover in work.iterdir():
-            if leftover != lock:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
+        _remove_what_is_redone(work)
         try:
             yield work
-        except BaseException:
+        except (CheckpointError, ConfigError):
             shutil.rmtree(work)
             raise
         lock.unlink()
         work.rename(out)
+
+
+def _remove_what_is_redone(work: Path) -> None:
+    """Of a killed build only the journal and the weight files that it describes are worth keeping."""
+    for leftover in work.iterdir():
+        if leftover.name not in (LOCK_NAME, JOURNAL_NAME, GRAPHS_FOLDER):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def copy_tokenizer(checkpoint: Path, work: Path, *, vocab_size: int) -> bool:
@@ -100,7 +116,7 @@ def hash_files(work: Path, known: dict[str, FileEntry]) -> dict[str, FileEntry]:
     entries = dict(known)
     for path in sorted(work.rglob("*")):
         name = path.relative_to(work).as_posix()
-        if path.is_file() and name != _LOCK and name not in entries:
+        if path.is_file() and name != LOCK_NAME and name not in entries:
             entries[name] = hash_file(path)
     return entries
 

@@ -1,105 +1,164 @@
-"""Writes a checkpoint's decoder weights into an artifact's data files, some rows at a time, in the recipe's formats."""
+"""Decides where every weight of a decoder lies in an artifact: file, offset, format, and the place of its scales."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-import ml_dtypes
-import numpy as np
-
-from gemma4_export.configs.names import EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, TensorSpec, expert_tensor
-from gemma4_export.configs.recipe import ITEM_BYTES, Recipe, WeightFormat
-from gemma4_export.exporter.checkpoint import Checkpoint
+from gemma4_export.configs.formats import WeightFormat
+from gemma4_export.configs.names import EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, LM_HEAD, Role, TensorSpec, expert_tensor
+from gemma4_export.configs.recipe import Recipe
+from gemma4_export.exporter.packing import matmul_block
 
 WEIGHTS_FOLDER = "graphs/weights"
-# A table that the host gathers rows from has a file of its own, so that it can be mapped alone. The token table is also
-# the decoder's head; it lies below graphs/ because onnxruntime refuses external data outside a graph's own folder.
-_OWN_FILES = {
+# A table that the host gathers rows from has a file of its own, so that it can be mapped alone. All lie below graphs/
+# because onnxruntime refuses external data outside a graph's own folder, and the token table can be the head as well.
+_DECODER_FILE = f"{WEIGHTS_FOLDER}/decoder.bin"
+_FILES = {
     EMBED_TOKENS: f"{WEIGHTS_FOLDER}/embed_tokens.bin",
     EMBED_TOKENS_PER_LAYER: f"{WEIGHTS_FOLDER}/embed_tokens_per_layer.bin",
+    LM_HEAD: f"{WEIGHTS_FOLDER}/lm_head.bin",
 }
-_DECODER_FILE = f"{WEIGHTS_FOLDER}/decoder.bin"
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector load of a CPU
+_ITEM_BYTES = {"float16": 2, "float32": 4}
 
-_NUMPY: dict[WeightFormat, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedScales:
+    """Scales [rows, per_row] of a quantised weight, in the same file as its codes."""
+
+    offset: int
+    dtype: Literal["float16", "float32"]
+    per_row: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedWeight:
-    """Where one weight lies in the artifact: file relative to its root, byte offset, format, shape."""
+    """Where one weight lies: file relative to the artifact's root, byte offsets, format, shape."""
 
     file: str
     offset: int
     format: WeightFormat
     shape: tuple[int, ...]
+    scales: PlacedScales | None = None
 
     @property
-    def num_bytes(self) -> int:
-        return int(np.prod(self.shape)) * ITEM_BYTES[self.format]
+    def row_shape(self) -> tuple[int, int]:
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of values or codes."""
+        rows, columns = self.row_shape
+        return rows * self.format.row_bytes(columns)
+
+    @property
+    def end(self) -> int:
+        """Offset of the byte behind codes and scales."""
+        if self.scales is None:
+            return self.offset + self.code_bytes
+        return self.scales.offset + self.scale_bytes
+
+    @property
+    def scale_bytes(self) -> int:
+        if self.scales is None:
+            return 0
+        return self.row_shape[0] * self.scales.per_row * _ITEM_BYTES[self.scales.dtype]
 
 
-def place_weights(specs: Iterable[TensorSpec], recipe: Recipe) -> dict[str, PlacedWeight]:
-    """Decide file and offset of every weight. Each expert of a fused weight is listed as well, as a slice of it."""
-    placed: dict[str, PlacedWeight] = {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeight:
+    """One weight to write: which tensor it is made from, what for, and where to."""
+
+    name: str
+    source: str
+    role: Role
+    placed: PlacedWeight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """All weights of an artifact: what is written, in order, and every name that a graph or a table may ask for."""
+
+    stored: tuple[StoredWeight, ...]
+    weights: dict[str, PlacedWeight] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        """File -> bytes."""
+        sizes: dict[str, int] = {}
+        for weight in self.stored:
+            end = (
+                weight.placed.scales.offset if weight.placed.scales else weight.placed.offset + weight.placed.code_bytes
+            )
+            sizes[weight.placed.file] = max(sizes.get(weight.placed.file, 0), end + weight.placed.scale_bytes)
+        return sizes
+
+
+def place_weights(specs: Iterable[TensorSpec], recipe: Recipe) -> Placement:
+    """Lay out an ``ort-cpu`` artifact.
+
+    Where head and token table have one format, one copy serves both. Each expert of a fused weight is listed as well,
+    as a slice of it.
+
+    Raises:
+        ConfigError: a recipe's block does not divide the rows of a weight; the hint names one that does.
+    """
+    stored: list[StoredWeight] = []
+    weights: dict[str, PlacedWeight] = {}
     ends: dict[str, int] = {}
+
+    def place(name: str, source: TensorSpec, role: Role, *, is_matrix: bool) -> None:
+        form, file = recipe.format_of(role), _FILES.get(name, _DECODER_FILE)
+        form.check_columns(source.row_shape[1], f"{role}, {name}")
+        placed = _place(file, ends, form, source.shape, is_matrix=is_matrix)
+        stored.append(StoredWeight(name=name, source=source.name, role=role, placed=placed))
+        weights[name] = placed
+
     for spec in specs:
-        file, form = _OWN_FILES.get(spec.name, _DECODER_FILE), recipe.format_of(spec.role)
-        offset = -(-ends.get(file, 0) // _ALIGNMENT) * _ALIGNMENT
-        whole = placed[spec.name] = PlacedWeight(file=file, offset=offset, format=form, shape=spec.shape)
-        ends[file] = offset + whole.num_bytes
+        if spec.name == EMBED_TOKENS:
+            is_shared = recipe.format_of("decoder.head") == recipe.format_of(spec.role)
+            place(spec.name, spec, spec.role, is_matrix=is_shared)
+            if is_shared:
+                weights[LM_HEAD] = weights[EMBED_TOKENS]
+            else:
+                place(LM_HEAD, spec, "decoder.head", is_matrix=True)
+        else:
+            place(spec.name, spec, spec.role, is_matrix=spec.name != EMBED_TOKENS_PER_LAYER)
         if spec.role == "decoder.experts":
-            expert_bytes = whole.num_bytes // spec.shape[0]
             for expert in range(spec.shape[0]):
-                placed[expert_tensor(spec.name, expert)] = PlacedWeight(
-                    file=file, offset=offset + expert * expert_bytes, format=form, shape=spec.shape[1:]
-                )
+                weights[expert_tensor(spec.name, expert)] = _expert(weights[spec.name], expert)
+    return Placement(stored=tuple(stored), weights=weights)
+
+
+def _place(
+    file: str, ends: dict[str, int], form: WeightFormat, shape: tuple[int, ...], *, is_matrix: bool
+) -> PlacedWeight:
+    """Append a weight to ``file``. Matrices get the scales that MatMulNBits reads, tables the canonical ones."""
+    placed = PlacedWeight(file=file, offset=_align(ends.get(file, 0)), format=form, shape=shape)
+    if form.is_quantized:
+        columns = placed.row_shape[1]
+        block = matmul_block(form, columns) if is_matrix else form.block or columns
+        scales = PlacedScales(
+            offset=_align(placed.end),
+            dtype="float32" if is_matrix or form.kind == "int8" else "float16",
+            per_row=columns // block,
+        )
+        placed = replace(placed, scales=scales)
+    ends[file] = placed.end
     return placed
 
 
-def write_weights(
-    checkpoint: Checkpoint, placed: dict[str, PlacedWeight], folder: Path, on_bytes: Callable[[str, int], None]
-) -> dict[str, tuple[int, str]]:
-    """Stream every decoder weight into its place; memory stays at a slice, whatever the tensor.
-
-    Args:
-        on_bytes: called with a weight's name and the bytes just written.
-    Returns:
-        file -> (bytes, sha256), hashed while writing.
-    """
-    (folder / WEIGHTS_FOLDER).mkdir(parents=True)
-    with ExitStack() as stack:
-        files = {placed[name].file for name in checkpoint.specs}
-        writers = {file: _HashingWriter(stack.enter_context((folder / file).open("wb"))) for file in sorted(files)}
-        for name in checkpoint.specs:
-            target = placed[name]
-            writer = writers[target.file]
-            writer.write(bytes(target.offset - writer.num_bytes))  # the gap up to the next aligned offset
-            for rows in _converted(checkpoint.slices(name), target.format):
-                writer.write(rows)
-                on_bytes(name, rows.nbytes)
-        return {file: (writer.num_bytes, writer.hash.hexdigest()) for file, writer in writers.items()}
+def _align(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
-class _HashingWriter:
-    """Appends to a file and hashes what it appends."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.hash, self.num_bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes | np.ndarray[Any, np.dtype[Any]]) -> None:
-        buffer = memoryview(data if isinstance(data, bytes) else data.view(np.uint8).data).cast("B")
-        self.file.write(buffer)
-        self.hash.update(buffer)
-        self.num_bytes += len(buffer)
-
-
-def _converted(
-    slices: Iterator[np.ndarray[Any, np.dtype[Any]]], form: WeightFormat
-) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
-    for rows in slices:
-        yield np.ascontiguousarray(rows.astype(_NUMPY[form], copy=False))
+def _expert(whole: PlacedWeight, expert: int) -> PlacedWeight:
+    """One expert's slice of a fused weight."""
+    num_experts, scales = whole.shape[0], whole.scales
+    if scales is not None:
+        scales = replace(scales, offset=scales.offset + expert * (whole.scale_bytes // num_experts))
+    offset = whole.offset + expert * (whole.code_bytes // num_experts)
+    return replace(whole, offset=offset, shape=whole.shape[1:], scales=scales)

@@ -235,7 +235,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         hidden, ple = config.hidden_size, config.hidden_size_per_layer_input
-        self.embed_tokens = Linear(hidden, config.vocab_size)  # tied: the graph uses it as the head only
+        self.lm_head = Linear(hidden, config.vocab_size)  # the token table's values; the host embeds
         self.layers = nn.ModuleList(DecoderLayer(layer, config) for layer in config.layers)
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         if ple:
@@ -276,7 +276,7 @@ class Decoder(nn.Module):
                 present[layer.index] = cache
         if config.first_shared_layer == config.num_layers:
             hidden_states = take_rows(hidden_states, rows)
-        logits = self.embed_tokens(self.norm(hidden_states.squeeze(0)))
+        logits = self.lm_head(self.norm(hidden_states.squeeze(0)))
         if config.final_logit_softcapping is not None:
             logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
         return logits, [tensor for pair in present.values() for tensor in pair]

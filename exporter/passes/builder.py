@@ -14,8 +14,8 @@ class NodeBuilder:
     def __init__(self) -> None:
         self._tape = ir.tape.Tape()
 
-    def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        return self._tape.op(op_type, inputs, attributes)
+    def __call__(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        return self._tape.op(op_type, inputs, attributes, domain=domain)
 
     def several(self, op_type: str, count: int, *inputs: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
         """A node with ``count`` outputs."""

@@ -1,14 +1,19 @@
-"""Gemma4Linear -> Gemm: the weight stays [N, K] as stored, so no transposed copy is ever made."""
+"""Gemma4Linear -> Gemm or MatMulNBits: the weight stays [N, K] as stored, so no transposed copy is ever made."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from gemma4_export.exporter.passes.builder import NodeBuilder, dim, input_of, nodes_of
+from gemma4_export.exporter.passes.matmul import MatMul
 
 
 class LowerLinear(ir.passes.InPlacePass):
     """Flattens the leading axes, multiplies by the transposed weight, and restores them."""
+
+    def __init__(self, matmul: MatMul) -> None:
+        super().__init__()
+        self.matmul = matmul
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -18,13 +23,13 @@ class LowerLinear(ir.passes.InPlacePass):
             leading = hidden_states.shape.dims[:-1]
             op = NodeBuilder()
             if len(leading) == 1:
-                output = op("Gemm", hidden_states, weight, transB=1)
+                output = self.matmul(op, model, hidden_states, weight)
             else:
                 # Reshape takes one -1: all leading axes but T (or R) are static.
                 sizes = [size if isinstance(size, int) else -1 for size in leading]
                 assert sizes.count(-1) <= 1, f"{hidden_states.name}: several dynamic axes in {hidden_states.shape}"
                 rows = op("Reshape", hidden_states, op.ints(-1, dim(weight, 1)))
-                output = op("Reshape", op("Gemm", rows, weight, transB=1), op.ints(*sizes, dim(weight, 0)))
+                output = op("Reshape", self.matmul(op, model, rows, weight), op.ints(*sizes, dim(weight, 0)))
             op.replace(node, [output])
             modified = True
         return ir.passes.PassResult(model, modified)

@@ -10,10 +10,15 @@ import onnx_ir as ir
 
 from gemma4_export.configs.names import expert_tensor
 from gemma4_export.exporter.passes.builder import NodeBuilder, attribute, dim, input_of, nodes_of
+from gemma4_export.exporter.passes.matmul import MatMul
 
 
 class LowerMoE(ir.passes.InPlacePass):
     """Routes in fp32 (top-k, softmax over the chosen, per-expert scale), then runs each expert on its own rows."""
+
+    def __init__(self, matmul: MatMul) -> None:
+        super().__init__()
+        self.matmul = matmul
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -32,10 +37,10 @@ class LowerMoE(ir.passes.InPlacePass):
                 is_mine = op("Equal", flat_experts, op.scalar(expert, ir.DataType.INT64))
                 place = op("Squeeze", op("NonZero", is_mine), op.ints(0))
                 token = op("Div", place, op.scalar(attribute(node, "top_k"), ir.DataType.INT64))
-                both = op("Gemm", op("Gather", rows, token, axis=0), up_weight, transB=1)
+                both = self.matmul(op, model, op("Gather", rows, token, axis=0), up_weight)
                 gate, up = op.several("Split", 2, both, num_outputs=2, axis=1)
                 gated = op("Mul", op("Gelu", gate, approximate="tanh"), up)
-                expert_output = op("Gemm", gated, down_weight, transB=1)
+                expert_output = self.matmul(op, model, gated, down_weight)
                 outputs.append(op("Mul", expert_output, op("Gather", flat_weights, place, axis=0)))
                 places.append(token)
             total = op(

@@ -3,49 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import onnx_ir as ir
 
 from gemma4_export.exporter.passes.builder import NodeBuilder
-from gemma4_export.exporter.weights import PlacedWeight
-
-_DTYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16}
+from gemma4_export.exporter.passes.external import point_at_values
+from gemma4_export.exporter.weights import Placement
 
 
 class PlaceInitializers(ir.passes.InPlacePass):
-    """``graph_folder`` is the graph's place in the artifact: external data is named relative to it."""
+    """Afterwards no initialiser holds a fake tensor; those that nobody reads are gone."""
 
-    def __init__(self, placed: Mapping[str, PlacedWeight], *, graph_folder: str) -> None:
+    def __init__(self, placement: Placement) -> None:
         super().__init__()
-        self.placed, self.graph_folder = placed, graph_folder
+        self.placement = placement
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, modified = model.graph, False
         order = {node: index for index, node in enumerate(graph)}
         for name, value in tuple(graph.initializers.items()):
             if not value.uses():
-                del graph.initializers[name]  # e.g. fused experts, once each expert is an initialiser of its own
+                del graph.initializers[name]  # fused experts, and matrices that became codes and scales
                 modified = True
-            else:
-                self._place(value, self.placed[name], order)
+            elif not isinstance(value.const_value, ir.ExternalTensor):
+                self._place(value, order)
                 modified = True
         return ir.passes.PassResult(model, modified)
 
-    def _place(self, value: ir.Value, weight: PlacedWeight, order: Mapping[ir.Node, int]) -> None:
-        name, dtype = str(value.name), _DTYPES[weight.format]
-        tensor = ir.ExternalTensor(
-            Path(weight.file).relative_to(self.graph_folder).as_posix(),
-            weight.offset,
-            weight.num_bytes,
-            dtype,
-            shape=ir.Shape(weight.shape),
-            name=name,
-        )
+    def _place(self, value: ir.Value, order: Mapping[ir.Node, int]) -> None:
         uses = value.uses()
-        value.const_value, value.shape = tensor, ir.Shape(weight.shape)
-        value.type = ir.TensorType(dtype)
-        if dtype != ir.DataType.FLOAT:
+        point_at_values(value, self.placement.weights[str(value.name)])
+        if value.dtype != ir.DataType.FLOAT:
             op = NodeBuilder()
             widened = op("Cast", value, to=ir.DataType.FLOAT)
             op.insert_before(min((node for node, _ in uses), key=order.__getitem__))

@@ -1,0 +1,66 @@
+"""Storage formats of a weight, their spelling, and how many bytes they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gemma4_export.configs.errors import ConfigError, nearest
+
+Kind = Literal["float32", "bfloat16", "int8", "int4"]
+BLOCKS = (32, 64, 128)
+"""Weights along K that share one int4 scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How a matrix [N, K] is stored.
+
+    ``int8``: signed codes with one scale per row. ``int4``: signed codes -8…7, low nibble first, with one scale per
+    ``block`` weights along K. A weight is its code times its scale; there are no zero points.
+    """
+
+    kind: Kind
+    block: int = 0
+
+    def __str__(self) -> str:
+        return f"int4/{self.block}" if self.kind == "int4" else self.kind
+
+    @classmethod
+    def parse(cls, text: str) -> WeightFormat:
+        """``float32``, ``bfloat16``, ``int8`` or ``int4/BLOCK``.
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        kind, _, block = text.partition("/")
+        if kind in ("float32", "bfloat16", "int8") and not block:
+            return cls(kind)  # type: ignore[arg-type]  # just compared with the literals
+        if kind == "int4" and block.isdigit() and int(block) in BLOCKS:
+            return cls("int4", int(block))
+        known = ["float32", "bfloat16", "int8", *(f"int4/{size}" for size in BLOCKS)]
+        raise ConfigError(f"weight format {text!r} is not known", hint=nearest(text, known))
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.kind in ("int8", "int4")
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row's values or codes, scales not counted."""
+        bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[self.kind]
+        return columns * bits // 8
+
+    def check_columns(self, columns: int, where: str) -> None:
+        """Refuse a matrix whose rows the block does not divide.
+
+        Raises:
+            ConfigError: the hint names the largest block that does, if any.
+        """
+        if self.kind != "int4" or columns % self.block == 0:
+            return
+        legal = [size for size in BLOCKS if columns % size == 0]
+        hint = f"use block {max(legal)}" if legal else "use int8 for this role"
+        raise ConfigError(f"{where}: block {self.block} does not divide its {columns} columns", hint=hint)
+
+
+FLOAT32, BFLOAT16, INT8 = WeightFormat("float32"), WeightFormat("bfloat16"), WeightFormat("int8")
