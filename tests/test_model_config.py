@@ -521,18 +521,21 @@ CONTRADICTIONS: dict[str, list[tuple[str, Any, str]]] = {
         (
             "rope_parameters.full_attention.partial_rotary_factor",
             1.5,
-            "text_config.rope_parameters.full_attention: partial_rotary_factor 1.5 of head_dim 512 is no number of pairs",
+            "text_config.rope_parameters.full_attention: "
+            "partial_rotary_factor 1.5 of head_dim 512 is no number of pairs",
         ),
         ("rope_parameters.full_attention.partial_rotary_factor", "0.25", ": expected a number, found '0.25'"),
         (
             "rope_parameters.full_attention.partial_rotary_factor",
             0.001,
-            "text_config.rope_parameters.full_attention: partial_rotary_factor 0.001 of head_dim 512 is no number of pairs",
+            "text_config.rope_parameters.full_attention: "
+            "partial_rotary_factor 0.001 of head_dim 512 is no number of pairs",
         ),
         (
             "head_dim",
             255,
-            "text_config.rope_parameters.sliding_attention: partial_rotary_factor 1.0 of head_dim 255 is no number of pairs",
+            "text_config.rope_parameters.sliding_attention: "
+            "partial_rotary_factor 1.0 of head_dim 255 is no number of pairs",
         ),
     ],
     "31b-resaved": [
