@@ -28,8 +28,9 @@ def lower_ort_cpu(model: ir.Model, placed: Mapping[str, PlacedWeight]) -> ir.Mod
             LowerLinear(),
             LowerAttention(),
             LowerMoE(),
-            PlaceInitializers(placed, graph_folder=GRAPHS_FOLDER),
             Tidy(),
+            # Last: folding constants must never see, let alone widen, the weights themselves.
+            PlaceInitializers(placed, graph_folder=GRAPHS_FOLDER),
         ]
     )
     lowered = passes(model).model
