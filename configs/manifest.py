@@ -143,6 +143,8 @@ class Manifest:
     model: ModelEntry
     target: str
     recipe: str
+    has_dummy_weights: bool
+    """Random weights, for sizes and speed only: what it says means nothing."""
     activations: Literal["int8", "fp32"]
     """What quantised matrices are multiplied with: activations rounded to int8 per block, or float32."""
     census: dict[str, CensusEntry]

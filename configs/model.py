@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -145,7 +147,7 @@ class ModelConfig:
             ConfigError: a key is missing, contradicts another, or asks for arithmetic that this version lacks.
         """
         model_type = config.get("model_type")
-        if model_type not in _MODEL_TYPES:
+        if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
             raise ConfigError(
                 f"config.json: model_type {model_type!r} is no Gemma 4 model",
                 hint=nearest(str(model_type), _MODEL_TYPES),
@@ -160,10 +162,10 @@ class ModelConfig:
 
 
 class _Reader:
-    """Typed look-ups in a text config whose errors name the key, what was expected and what was found."""
+    """Typed look-ups in one object of a config whose errors name the key, what was expected and what was found."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = values
+    def __init__(self, values: Mapping[str, Any], where: str = "text_config.") -> None:
+        self.values, self._where = values, f"config.json: {where}"
 
     def __call__(self, key: str, kind: type, *, minimum: float = 1, default: Any = None) -> Any:
         value = self.values.get(key)
@@ -172,9 +174,9 @@ class _Reader:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             found = "nothing" if value is None else repr(value)
-            raise ConfigError(f"config.json: text_config.{key}: expected {_article(kind)}, found {found}")
-        if isinstance(value, (int, float)) and kind is not bool and value < minimum:
-            raise ConfigError(f"config.json: text_config.{key}: expected at least {minimum}, found {value}")
+            raise ConfigError(f"{self._where}{key}: expected {_article(kind)}, found {found}")
+        if isinstance(value, (int, float)) and kind is not bool and not minimum <= value < math.inf:
+            raise ConfigError(f"{self._where}{key}: expected at least {minimum}, found {value}")
         return value
 
 
@@ -224,8 +226,9 @@ def _refuse_other_arithmetic(text: Mapping[str, Any], config: Mapping[str, Any])
                 f"config.json: text_config.{key}: this version computes only {allowed[0]!r}, found {found!r}",
                 hint="use one of the released Gemma 4 generators, or a fine-tune that keeps their structure",
             )
-    if config.get("quantization_config") or text.get("quantization_config"):
-        method = (config.get("quantization_config") or text["quantization_config"]).get("quant_method", "unknown")
+    quantization = config.get("quantization_config") or text.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise ConfigError(
             f"config.json: quantization_config ({method}): quantised checkpoints are not read by this version",
             hint="use the bf16 checkpoint it was made from (for Google's own: the name without -qat-… or -w4a16)",
@@ -267,7 +270,10 @@ def _resolve_layers(read: _Reader, *, is_drafter: bool) -> tuple[LayerConfig, ..
     for index, layer_type in enumerate(layer_types):
         head_dim, num_kv_heads = overrides[index]
         if num_heads % num_kv_heads:
-            raise ConfigError(f"layers.{index}: {num_heads} query heads are no multiple of {num_kv_heads} KV heads")
+            raise ConfigError(
+                f"config.json: layer {index} ({layer_type}): num_attention_heads {num_heads} is no multiple of "
+                f"its {num_kv_heads} KV heads"
+            )
         key = (layer_type, head_dim)
         if key not in ropes:
             ropes[key] = _resolve_rope(text, layer_type, head_dim)
@@ -309,7 +315,10 @@ def _kv_sources(layer_types: list[LayerType], num_shared: int, *, is_drafter: bo
     sources: list[int | None] = list(range(first_shared))
     for index in range(first_shared, num_layers):
         if layer_types[index] not in donors:
-            raise ConfigError(f"layers.{index}: no earlier {layer_types[index]} layer owns the KV it should read")
+            raise ConfigError(
+                f"config.json: num_kv_shared_layers is {num_shared} of {num_layers} layers, so layer {index} must read "
+                f"an earlier {layer_types[index]} layer's KV, and there is none"
+            )
         sources.append(donors[layer_types[index]])
     return sources
 
@@ -331,12 +340,15 @@ def _layer_overrides(read: _Reader, layer_types: list[LayerType]) -> list[tuple[
         return [by_type[layer_type] for layer_type in layer_types]
     resolved = [(head_dim, num_kv_heads)] * len(layer_types)
     for key, values in read("per_layer_config", Mapping).items():
-        if not str(key).isdigit() or int(key) >= len(layer_types):
-            raise ConfigError(f"config.json: per_layer_config[{key!r}] names no layer of {len(layer_types)}")
+        where = f"text_config.per_layer_config.{key}"
+        if not re.fullmatch("[0-9]+", str(key)) or int(key) >= len(layer_types):
+            raise ConfigError(f"config.json: {where}: names no layer of {len(layer_types)}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"config.json: {where}: expected an object, found {values!r}")
         extra = sorted(set(values) - {"head_dim", "num_key_value_heads"})
         if extra:
-            raise ConfigError(f"config.json: per_layer_config[{key!r}]: {', '.join(extra)} not known to this version")
-        layer = _Reader(values)
+            raise ConfigError(f"config.json: {where}.{extra[0]}: not known to this version")
+        layer = _Reader(values, f"{where}.")
         resolved[int(key)] = (
             layer("head_dim", int, default=head_dim),
             layer("num_key_value_heads", int, default=num_kv_heads),
@@ -345,20 +357,27 @@ def _layer_overrides(read: _Reader, layer_types: list[LayerType]) -> list[tuple[
 
 
 def _resolve_rope(text: Mapping[str, Any], layer_type: LayerType, head_dim: int) -> RopeConfig:
-    where = f"config.json: rope_parameters.{layer_type}"
-    values = (text.get("rope_parameters") or {}).get(layer_type)
-    if not isinstance(values, Mapping) or not isinstance(values.get("rope_theta"), (int, float)):
-        raise ConfigError(f"{where}: expected an object with rope_theta, found {values!r}")
-    rope_type, share = values.get("rope_type"), values.get("partial_rotary_factor", 1.0)
+    where = f"text_config.rope_parameters.{layer_type}"
+    by_type = text.get("rope_parameters")
+    values = by_type.get(layer_type) if isinstance(by_type, Mapping) else by_type
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config.json: {where}: expected an object, found {values!r}")
+    read = _Reader(values, f"{where}.")
+    theta, share = read("rope_theta", float), read("partial_rotary_factor", float, minimum=0, default=1.0)
+    rope_type = values.get("rope_type")
     if rope_type not in ("default", "proportional") or (rope_type == "default" and share != 1.0):
-        raise ConfigError(f"{where}: rope_type {rope_type!r} with partial_rotary_factor {share} is not known")
+        raise ConfigError(
+            f"config.json: {where}.rope_type: {rope_type!r} with partial_rotary_factor {share} is not known"
+        )
     extra = sorted(set(values) - {"rope_theta", "rope_type", "partial_rotary_factor"})
     if extra:
-        raise ConfigError(f"{where}: {', '.join(extra)} not known to this version")
-    if not 0 < share <= 1 or head_dim % 2:
-        raise ConfigError(f"{where}: partial_rotary_factor {share} of head_dim {head_dim} is no number of pairs")
+        raise ConfigError(f"config.json: {where}.{extra[0]}: not known to this version")
     num_frequencies = int(share * head_dim // 2)
-    return RopeConfig(theta=float(values["rope_theta"]), head_dim=head_dim, num_frequencies=num_frequencies)
+    if num_frequencies < 1 or share > 1 or head_dim % 2:
+        raise ConfigError(
+            f"config.json: {where}: partial_rotary_factor {share} of head_dim {head_dim} is no number of pairs"
+        )
+    return RopeConfig(theta=theta, head_dim=head_dim, num_frequencies=num_frequencies)
 
 
 def _check_donors(layers: list[LayerConfig]) -> None:
@@ -370,7 +389,7 @@ def _check_donors(layers: list[LayerConfig]) -> None:
         mine, theirs = (layer.num_kv_heads, layer.head_dim), (donor.num_kv_heads, donor.head_dim)
         if mine != theirs:
             raise ConfigError(
-                f"layers.{layer.index}: reads the KV of layer {donor.index}, "
+                f"config.json: layer {layer.index} reads the KV of layer {donor.index}, "
                 f"which has (num_kv_heads, head_dim) {theirs}, not {mine}"
             )
 

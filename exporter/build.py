@@ -33,16 +33,17 @@ from gemma4_export.configs.manifest import (
 from gemma4_export.configs.model import ModelConfig, RopeConfig
 from gemma4_export.configs.recipe import Recipe
 from gemma4_export.configs.target import Target
-from gemma4_export.exporter.checkpoint import Checkpoint, weight_files
 from gemma4_export.exporter.lower import lower_ort_cpu
-from gemma4_export.exporter.package import copy_tokenizer, hash_file, hash_files, hash_header, partial_folder
+from gemma4_export.exporter.package import hash_files, partial_folder
 from gemma4_export.exporter.passes.external import GRAPHS_FOLDER
 from gemma4_export.exporter.passes.matmul import Activations
+from gemma4_export.exporter.tokenizer_files import CHAT_TEMPLATE
 from gemma4_export.exporter.trace import trace_decoder
 from gemma4_export.exporter.weights import PlacedWeight, Placement, place_weights
-from gemma4_export.exporter.write import WeightStats, Written, relative_error, write_weights
+from gemma4_export.exporter.write import WeightSource, WeightStats, Written, relative_error, write_weights
 
 BACKEND = "ort-cpu"  # the only one that this version lowers to
+TOKENIZER_FOLDER = "tokenizer"
 DECODER_FILE = f"{GRAPHS_FOLDER}/decoder.onnx"
 GLOBAL_BUCKET = 1024  # slots; onnxruntime's attention reads a linear cache whole, so it starts small and doubles
 
@@ -59,6 +60,7 @@ class BuildOptions:
     target: Target
     recipe: Recipe
     activations: Activations
+    has_dummy_weights: bool
     context: int
     chunk: int
 
@@ -83,6 +85,7 @@ def resolve_options(
     target: Target,
     recipe: Recipe,
     activations: Activations = "int8",
+    has_dummy_weights: bool = False,
     context: int | None = None,
     chunk: int | None = None,
 ) -> BuildOptions:
@@ -100,28 +103,34 @@ def resolve_options(
     if not 1 <= chunk <= context:
         raise ConfigError(f"--chunk {chunk}: expected 1 to {context}, the context")
     return BuildOptions(
-        model_name=model_name, target=target, recipe=recipe, activations=activations, context=context, chunk=chunk
+        model_name=model_name,
+        target=target,
+        recipe=recipe,
+        activations=activations,
+        has_dummy_weights=has_dummy_weights,
+        context=context,
+        chunk=chunk,
     )
 
 
-def build_artifact(checkpoint: Checkpoint, options: BuildOptions, out: Path, on_progress: OnProgress) -> Manifest:
-    """Build ``out`` from an opened checkpoint, whole or not at all; equal inputs give equal bytes.
+def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_progress: OnProgress) -> Manifest:
+    """Build ``out`` from an opened source, whole or not at all; equal inputs give equal bytes.
 
     Raises:
         ConfigError: ``out`` exists or is being written, or a tokenizer file is missing.
         CheckpointError: a weight file is damaged.
     """
-    config = checkpoint.config
-    placement = place_weights(checkpoint.specs.values(), options.recipe)
+    config = source.config
+    placement = place_weights(source.specs.values(), options.recipe)
     with partial_folder(out) as work:
-        is_chat = copy_tokenizer(checkpoint.folder, work, vocab_size=config.vocab_size)
+        source.write_tokenizer(work / TOKENIZER_FOLDER)
         on_progress("trace", f"{config.num_layers} layers on fake tensors", 0, 1)
         model = lower_ort_cpu(trace_decoder(config), placement, activations=options.activations)
         (work / GRAPHS_FOLDER).mkdir(exist_ok=True)
         ir.save(model, work / DECODER_FILE)
         on_progress("trace", f"{len(model.graph)} nodes", 1, 1)
 
-        sources = _sources(checkpoint)
+        sources = source.sources()
         total, done = sum(w.placed.code_bytes + w.placed.scale_bytes for w in placement.stored), 0
 
         def on_bytes(name: str, count: int) -> None:
@@ -130,29 +139,26 @@ def build_artifact(checkpoint: Checkpoint, options: BuildOptions, out: Path, on_
             on_progress("weights", name, done, total)
 
         key = _build_key(options, sources)
-        written = write_weights(checkpoint, placement, work, key=key, on_bytes=on_bytes)
+        written = write_weights(source, placement, work, key=key, on_bytes=on_bytes)
         on_progress("package", "hashing", 0, 1)
         known = {file: FileEntry(bytes=size, sha256=digest) for file, (size, digest) in written.files.items()}
         files = hash_files(work, known)
-        manifest = _manifest(
-            checkpoint, options, placement, census(placement, written), files=files, sources=sources, is_chat=is_chat
-        )
+        manifest = _manifest(source, options, placement, census(placement, written), files=files, sources=sources)
         (work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         on_progress("package", "done", 1, 1)
     return manifest
 
 
 def _manifest(
-    checkpoint: Checkpoint,
+    source: WeightSource,
     options: BuildOptions,
     placement: Placement,
     roles: dict[str, CensusEntry],
     *,
     files: dict[str, FileEntry],
     sources: dict[str, FileEntry],
-    is_chat: bool,
 ) -> Manifest:
-    config = checkpoint.config
+    config = source.config
     sliding, full = config.rope("sliding_attention"), config.rope("full_attention")
     assert full is not None  # the last layer is always global
     ple = config.hidden_size_per_layer_input
@@ -167,10 +173,11 @@ def _manifest(
             num_layers=config.num_layers,
             hidden_size_per_layer_input=ple,
             max_position_embeddings=config.max_position_embeddings,
-            is_chat=is_chat,
+            is_chat=f"{TOKENIZER_FOLDER}/{CHAT_TEMPLATE}" in files,
         ),
         target=options.target.name,
         recipe=options.recipe.name,
+        has_dummy_weights=options.has_dummy_weights,
         activations=options.activations,
         census=roles,
         context=options.context,
@@ -188,7 +195,7 @@ def _manifest(
                 outputs=names.decoder_outputs(config),
             )
         },
-        not_packed=checkpoint.not_packed,
+        not_packed=list(source.not_packed),
         versions=_versions(),
         sources=sources,
         files=files,
@@ -254,11 +261,6 @@ def census(placement: Placement, written: Written) -> dict[str, CensusEntry]:
         )
         for role, stats in sums.items()
     }
-
-
-def _sources(checkpoint: Checkpoint) -> dict[str, FileEntry]:
-    sources = {path.name: hash_header(path) for path in weight_files(checkpoint.folder)}
-    return {**sources, "config.json": hash_file(checkpoint.folder / "config.json")}
 
 
 def _versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from gemma4_export.configs.errors import CheckpointError, ConfigError
 from gemma4_export.configs.formats import WeightFormat
+from gemma4_export.configs.manifest import FileEntry
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.names import (
     NOT_PACKED_PREFIXES,
@@ -25,6 +26,8 @@ from gemma4_export.configs.names import (
     decoder_tensors,
     redundant_tensors,
 )
+from gemma4_export.exporter.package import hash_file, hash_header
+from gemma4_export.exporter.tokenizer_files import copy_tokenizer
 
 # What a Gemma 4 checkpoint can hold as plain weights. Integer and 8-bit dtypes mean a quantised one.
 _FLOATS: dict[str, np.dtype[Any]] = {
@@ -72,7 +75,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise _damaged(path, f"its header claims {header_bytes} bytes, the file has {size}")
         try:
             header = json.loads(file.read(header_bytes))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _damaged(path, f"its header of {header_bytes} bytes is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")
@@ -81,18 +84,30 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if name == "__metadata__":
             continue
         try:
-            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-            begin, end = (int(n) for n in entry["data_offsets"])
+            dtype, shape = str(entry["dtype"]), _sizes(entry["shape"])
+            begin, end = _sizes(entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"{name}: its header entry is malformed ({error!r})") from error
         bits = _ITEM_BITS.get(dtype)
         if bits is not None and (end - begin) * 8 != math.prod(shape) * bits:
             needed = math.prod(shape) * bits // 8
             raise _damaged(path, f"{name}: {dtype} {list(shape)} needs {needed} bytes, has {end - begin}")
-        if not 0 <= begin <= end or data_start + end > size:
-            raise _damaged(path, f"{name}: ends at byte {data_start + end}, the file has {size}")
         tensors[name] = StoredTensor(path, dtype, shape, data_start + begin, end - begin)
+    # The format's own rule: tensors fill the file without holes or overlaps.
+    position = data_start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if tensor.start != position or tensor.num_bytes < 0:
+            raise _damaged(path, f"{name}: begins at byte {tensor.start}, expected {position}")
+        position += tensor.num_bytes
+    if position != size:
+        raise _damaged(path, f"its tensors end at byte {position}, the file has {size}")
     return tensors
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or any(type(size) is not int or size < 0 for size in values):
+        raise ValueError(f"{values!r} is no list of sizes")
+    return tuple(values)
 
 
 def _damaged(path: Path, cause: str) -> CheckpointError:
@@ -124,46 +139,51 @@ class Checkpoint:
         self._match()
 
     def _match(self) -> None:
-        text = self._text_names()
-        missing = []
+        prefix = self._text_prefix()
+        unread = {name for name in self.stored if not name.startswith(NOT_PACKED_PREFIXES)}
+        missing: list[tuple[str, tuple[int, ...]]] = []
         for name, spec in self.specs.items():
-            segments = [_Segment(text.pop(name), spec.row_shape[0])] if name in text else _per_expert(spec, text)
-            if segments is None:
-                missing.append(name)
+            # Experts are stored fused, or one by one.
+            is_split = spec.role == "decoder.experts" and prefix + name not in unread
+            parts = _per_expert(spec) if is_split else {name: spec.shape}
+            found = [part for part in parts if prefix + part in unread]
+            if not found:
+                missing.append((name, spec.shape))
                 continue
-            for segment in segments:
-                self._check_stored(segment, spec, is_whole=len(segments) == 1)
-            self._segments[name] = segments
+            missing += [(part, parts[part]) for part in parts if part not in found]
+            for part in found:
+                self._check_stored(prefix + part, parts[part])
+            self._segments[name] = [_Segment(prefix + part, math.prod(shape[:-1])) for part, shape in parts.items()]
+            unread.difference_update(prefix + part for part in found)
         if missing:
+            name, shape = missing[0]
             raise CheckpointError(
-                f"{self.folder.name}: {len(missing)} of {len(self.specs)} decoder tensors are missing, "
-                f"first {missing[0]} {list(self.specs[missing[0]].shape)}",
+                f"{self.folder.name}: {len(missing)} decoder tensors are missing, first {name} {list(shape)}",
                 hint="the checkpoint is incomplete, or config.json belongs to another model",
             )
         for name, shape in redundant_tensors(self.config).items():
-            if name in text:
-                check_shape(name, shape, self.stored[text.pop(name)].shape)
-        unread = sorted(set(text.values()))
+            if prefix + name in unread:
+                check_shape(prefix + name, shape, self.stored[prefix + name].shape)
+                unread.remove(prefix + name)
         if unread:
+            name = min(unread)
             raise CheckpointError(
-                f"{self.folder.name}: {len(unread)} tensors are read by nobody, first {unread[0]} "
-                f"{list(self.stored[unread[0]].shape)}",
+                f"{self.folder.name}: {len(unread)} tensors are read by nobody, first {name} "
+                f"{list(self.stored[name].shape)}",
                 hint="config.json describes less than the checkpoint holds; adapters must be merged before exporting",
             )
 
-    def _text_names(self) -> dict[str, str]:
-        """Canonical name -> stored name for everything that is not vision or audio."""
+    def _text_prefix(self) -> str:
+        """What stands before the canonical names of the decoder in this checkpoint."""
         candidates = [name for name in self.stored if not name.startswith(NOT_PACKED_PREFIXES)]
-        prefix = next((p for p in TEXT_PREFIXES if any(name.startswith(p) for name in candidates)), "")
-        return {name.removeprefix(prefix): name for name in candidates}
+        return next((p for p in TEXT_PREFIXES if any(name.startswith(p) for name in candidates)), "")
 
-    def _check_stored(self, segment: _Segment, spec: TensorSpec, *, is_whole: bool) -> None:
-        stored = self.stored[segment.stored_name]
-        expected = spec.shape if is_whole else (segment.num_rows, spec.shape[-1])
-        check_shape(segment.stored_name, expected, stored.shape)
+    def _check_stored(self, stored_name: str, shape: tuple[int, ...]) -> None:
+        stored = self.stored[stored_name]
+        check_shape(stored_name, shape, stored.shape)
         if stored.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{segment.stored_name}: dtype {stored.dtype} is not one of {', '.join(_FLOATS)}",
+                f"{stored_name}: dtype {stored.dtype} is not one of {', '.join(_FLOATS)}",
                 hint="quantised checkpoints are not read by this version; use the bf16 one",
             )
 
@@ -173,6 +193,7 @@ class Checkpoint:
         Only the bytes asked for are read. Rows that cross stored tensors (experts kept one by one) are joined.
         """
         spec, pieces, first = self.specs[name], [], 0
+        assert 0 <= start < stop <= spec.row_shape[0], (name, start, stop)
         for segment in self._segments[name]:
             low, high = max(start, first), min(stop, first + segment.num_rows)
             if low < high:
@@ -202,6 +223,19 @@ class Checkpoint:
             done += count
         return rows
 
+    def sources(self) -> dict[str, FileEntry]:
+        """The files that this checkpoint is made of: weights by header, config.json whole."""
+        entries = {path.name: hash_header(path) for path in weight_files(self.folder)}
+        return {**entries, "config.json": hash_file(self.folder / "config.json")}
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer files into ``folder``, which is made.
+
+        Raises:
+            ConfigError: one is missing, or does not fit the model.
+        """
+        copy_tokenizer(self.folder, folder, vocab_size=self.config.vocab_size)
+
     def close(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
@@ -222,10 +256,10 @@ def read_config(folder: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{folder}: {cause}", hint="--checkpoint takes a folder with config.json and *.safetensors")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error})", hint="fetch the file again") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(config).__name__}")
+        raise ConfigError(f"{path}: expected a JSON object, found {type(config).__name__}", hint="fetch the file again")
     return config
 
 
@@ -236,10 +270,16 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted({str(name) for name in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index.name}: no weight_map ({error!r})", hint="fetch the file again") from error
+        elsewhere = [name for name in names if not name or Path(name).name != name]
+        if elsewhere:
+            raise CheckpointError(
+                f"{index.name}: {elsewhere[0]!r} is not a file of this folder",
+                hint="all safetensors files must lie beside the index that names them",
+            )
         paths = [folder / name for name in names]
-        missing = [path.name for path in paths if path.parent != folder or not path.is_file()]
+        missing = [path.name for path in paths if not path.is_file()]
         if missing:
             raise CheckpointError(
                 f"{index.name}: {len(missing)} of {len(paths)} files it names are missing, first {missing[0]}",
@@ -260,19 +300,21 @@ def _read_all_headers(folder: Path) -> dict[str, StoredTensor]:
     for path in weight_files(folder):
         for name, tensor in read_header(path).items():
             if name in stored:
-                raise CheckpointError(f"{name}: stored twice, in {stored[name].path.name} and {path.name}")
+                raise CheckpointError(
+                    f"{name}: stored twice, in {stored[name].path.name} and {path.name}",
+                    hint="the files are of different checkpoints; fetch the folder again",
+                )
             stored[name] = tensor
     return stored
 
 
-def _per_expert(spec: TensorSpec, text: dict[str, str]) -> list[_Segment] | None:
-    """The stored tensors that make up a fused expert weight where experts are kept one by one, in row order."""
-    if spec.role != "decoder.experts":
-        return None
+def _per_expert(spec: TensorSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a fused expert weight's parts where experts are kept one by one, in row order."""
     base, kind = spec.name.rsplit(".", 1)
-    num_experts, num_rows, _ = spec.shape
+    num_experts, num_rows, columns = spec.shape
     parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
-    names = [f"{base}.{expert}.{part}.weight" for expert in range(num_experts) for part in parts]
-    if any(name not in text for name in names):
-        return None
-    return [_Segment(text.pop(name), num_rows // len(parts)) for name in names]
+    return {
+        f"{base}.{expert}.{part}.weight": (num_rows // len(parts), columns)
+        for expert in range(num_experts)
+        for part in parts
+    }

@@ -26,8 +26,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _COUNTER_BYTES = 32  # Philox 4x64 makes four 64-bit words per count
 _CODE_RMS = math.sqrt(56 / 3)  # of codes drawn evenly from -7…7
-# Norms behind a block: small, so that 30 random blocks do not drown the token's embedding. With ones, the routers of deep
-# layers send everything to some 20 of 128 experts, and prefill looks a third faster than it is.
+# Norms behind a block: small, so that 30 random blocks do not drown the token's embedding. With ones, the routers of
+# deep layers send everything to some 20 of 128 experts, and prefill looks a third faster than it is.
 _POST_NORM, _OTHER_NORM = 0.02, 1.0
 
 
@@ -40,7 +40,7 @@ def _nibble_table() -> Array:
 
 _SYMMETRIC = _nibble_table()
 _SIGNED = np.where(np.arange(16) < 8, np.arange(16), np.arange(16) - 16).astype(np.float32)
-# Byte -> its two codes, low nibble first, as a pair of the wanted type in one wider integer: one look-up makes two weights.
+# Byte -> its two codes, low nibble first.
 _BYTE_CODES = np.stack([_SIGNED[np.arange(256) & 15], _SIGNED[np.arange(256) >> 4]], axis=1)
 
 
@@ -81,14 +81,10 @@ class DummySource:
             return QuantizedRows(form, packed, scales)
         if form.kind == "int8":
             # Sixteen times the code, so that eight bits are used as a trained row would use them.
-            table = (_BYTE_CODES * 16).astype(np.int8).view(np.uint16)[:, 0]
-            codes = table[packed].view(np.int8)
+            codes = _two_at_a_time((_BYTE_CODES * 16).astype(np.int8), packed)
             return QuantizedRows(form, codes, np.full((stop - start, 1), scale / 16, np.float32))
-        if form.kind == "bfloat16":
-            table = (_BYTE_CODES * scale).astype(ml_dtypes.bfloat16).view(np.uint32)[:, 0]
-            return np.asarray(table[packed].view(ml_dtypes.bfloat16))
-        table = (_BYTE_CODES * scale).astype(np.float32).view(np.uint64)[:, 0]
-        return np.asarray(table[packed].view(np.float32))
+        dtype = ml_dtypes.bfloat16 if form.kind == "bfloat16" else np.float32
+        return _two_at_a_time((_BYTE_CODES * scale).astype(dtype), packed)
 
     def _codes(self, name: str, start: int, stop: int, columns: int) -> Array:
         """[rows, columns // 2] bytes of two codes each."""
@@ -110,6 +106,12 @@ class DummySource:
         level = _POST_NORM if ".post_" in spec.name else _OTHER_NORM
         values = (spread * level).astype(ml_dtypes.bfloat16).astype(np.float32)
         return np.asarray(values.reshape(stop - start, columns))
+
+
+def _two_at_a_time(pairs: Array, packed: Array) -> Array:
+    """[n, bytes] -> [n, 2 * bytes]: each byte's pair, looked up as one integer twice as wide."""
+    wide = pairs.view(f"u{2 * pairs.dtype.itemsize}")[:, 0]
+    return np.asarray(wide[packed].view(pairs.dtype))
 
 
 def _scale(spec: TensorSpec) -> float:

@@ -5,27 +5,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from gemma4_export.configs.errors import CheckpointError, ConfigError
 from gemma4_export.configs.manifest import FileEntry
 from gemma4_export.exporter.passes.external import GRAPHS_FOLDER
 from gemma4_export.exporter.write import JOURNAL_NAME
 
-TOKENIZER_FOLDER = "tokenizer"
-_REQUIRED = ("tokenizer.json", "generation_config.json")
-_OPTIONAL = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-)
 LOCK_NAME = ".gemma4-export.lock"
 
 
@@ -76,41 +66,6 @@ def _remove_what_is_redone(work: Path) -> None:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def copy_tokenizer(checkpoint: Path, work: Path, *, vocab_size: int) -> bool:
-    """Copy the tokenizer files as they are, and say whether the checkpoint can chat (has a template).
-
-    Raises:
-        ConfigError: a file is missing, is not JSON, or names ids that the model does not have.
-    """
-    folder = work / TOKENIZER_FOLDER
-    folder.mkdir()
-    for name in (*_REQUIRED, *_OPTIONAL):
-        source = checkpoint / name
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
-        elif name in _REQUIRED:
-            raise ConfigError(f"{checkpoint}: no {name}", hint="download it from the model's page into the same folder")
-    highest = _highest_id(folder / "tokenizer.json")
-    if highest >= vocab_size:
-        raise ConfigError(
-            f"tokenizer.json: token id {highest}, the model's vocabulary has {vocab_size}",
-            hint="tokenizer.json and config.json belong to different models",
-        )
-    template = read_chat_template(checkpoint)
-    if template is not None:
-        (folder / "chat_template.jinja").write_bytes(template.encode())
-    return template is not None
-
-
-def read_chat_template(checkpoint: Path) -> str | None:
-    """The checkpoint's chat template: its own file, or, as older transformers saved it, in tokenizer_config.json."""
-    template, config = checkpoint / "chat_template.jinja", checkpoint / "tokenizer_config.json"
-    if template.is_file():
-        return template.read_bytes().decode()
-    inline = _read_json(config).get("chat_template") if config.is_file() else None
-    return inline if isinstance(inline, str) else None
-
-
 def hash_files(work: Path, known: dict[str, FileEntry]) -> dict[str, FileEntry]:
     """Size and sha256 of every file in ``work``, those in ``known`` taken from there."""
     entries = dict(known)
@@ -133,22 +88,3 @@ def hash_header(path: Path) -> FileEntry:
         length = file.read(8)
         header = file.read(int.from_bytes(length, "little"))
     return FileEntry(bytes=path.stat().st_size, sha256=hashlib.sha256(length + header).hexdigest())
-
-
-def _highest_id(path: Path) -> int:
-    tokenizer = _read_json(path)
-    try:
-        ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer.get("added_tokens", []))]
-        return max(int(index) for index in ids)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path.name}: has no vocabulary ({error!r})", hint="download it again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path.name}: not JSON ({error})", hint="download it again") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path.name}: expected a JSON object, found {type(value).__name__}")
-    return value

@@ -83,7 +83,12 @@ DEFAULT_WORDS: tuple[str, ...] = (*_BARE_WORDS.split(), *(f"▁{word}" for word 
 
 
 def write_small_tokenizer(
-    folder: Path, *, words: Sequence[str] = DEFAULT_WORDS, empty_thought: bool = False, chat: bool = True
+    folder: Path,
+    *,
+    words: Sequence[str] = DEFAULT_WORDS,
+    empty_thought: bool = False,
+    chat: bool = True,
+    vocab_size: int | None = None,
 ) -> int:
     """Write tokenizer.json, tokenizer_config.json, generation_config.json and, for chat models, chat_template.jinja.
 
@@ -92,10 +97,11 @@ def write_small_tokenizer(
         words: each becomes reachable as one token; a leading space (or ▁) belongs to the word, as in "▁hello".
         empty_thought: the template of the larger models, which closes an empty thought when thinking is off.
         chat: False writes a base model's files: no template, ``<eos>`` as the only stop, a BOS added by the tokenizer.
+        vocab_size: pad to this many entries; None: to a multiple of 8.
     Returns:
-        The vocabulary size V, a multiple of 8.
+        The vocabulary size V.
     """
-    vocab, merges = _vocabulary([word.replace(" ", "▁") for word in words])
+    vocab, merges = _vocabulary([word.replace(" ", "▁") for word in words], vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "tokenizer.json", _tokenizer(vocab, merges, adds_bos=not chat))
     _write_json(folder / "tokenizer_config.json", _tokenizer_config())
@@ -113,7 +119,7 @@ def chat_template(*, empty_thought: bool = False) -> str:
     return text.replace(switch, "set empty_thought = true") if empty_thought else text
 
 
-def _vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _vocabulary(words: Sequence[str], vocab_size: int | None) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Token -> id, and the merges in order of rank.
 
     A word is cut by the merges so far and what is left is joined from the left. Later merges rank lower, so they only
@@ -131,7 +137,9 @@ def _vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, s
     merged = [left + right for left, right in merges]
     # dict.fromkeys: two merges may give the same token
     tokens = list(dict.fromkeys([*CONTROL_TOKENS, *runs, *byte_tokens, *letters, *merged]))
-    tokens += [f"<unused{number}>" for number in range(-len(tokens) % 8)]
+    missing = -len(tokens) % 8 if vocab_size is None else vocab_size - len(tokens)
+    assert missing >= 0, f"{len(tokens)} tokens do not fit a vocabulary of {vocab_size}"
+    tokens += [f"<unused{number}>" for number in range(missing)]
     return {token: index for index, token in enumerate(tokens)}, list(merges)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,9 @@ import numpy as np
 
 from gemma4_export.configs.errors import Gemma4Error
 from gemma4_export.configs.formats import WeightFormat
+from gemma4_export.configs.manifest import FileEntry
+from gemma4_export.configs.model import ModelConfig
+from gemma4_export.configs.names import TensorSpec
 from gemma4_export.exporter.packing import matmul_scales, offset_codes
 from gemma4_export.exporter.quantize import Float32, QuantizedRows, check_finite, dequantize, quantize
 from gemma4_export.exporter.weights import PlacedWeight, Placement, StoredWeight
@@ -35,10 +38,25 @@ _SPARE_BYTES = 64 << 20  # disk room for graphs, tokenizer and manifest
 
 
 class WeightSource(Protocol):
-    """Where weights come from: a checkpoint, a quantised one, or a random generator."""
+    """Where a decoder comes from: a checkpoint, a quantised one, or a random generator."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+    @property
+    def not_packed(self) -> Sequence[str]: ...
 
     def slices(self, name: str, form: WeightFormat, max_bytes: int) -> Iterator[Array | QuantizedRows]:
-        """The rows of a weight in order; already quantised where the source holds codes of format ``form``."""
+        """The rows of a weight in order; already quantised where the source holds codes."""
+        ...
+
+    def sources(self) -> dict[str, FileEntry]:
+        """The files that decide the weights."""
+        ...
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Make ``folder`` with the tokenizer files."""
         ...
 
 

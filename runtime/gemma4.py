@@ -37,6 +37,8 @@ class Gemma4:
     def __init__(self, artifact: Artifact) -> None:
         """Load the graph and map the tables of an opened artifact; ``Gemma4.load`` does both."""
         self.artifact = artifact
+        if artifact.manifest.has_dummy_weights:
+            _log.warning("%s: random weights, for sizes and speed; what it says means nothing", artifact.folder)
         folder = artifact.path("tokenizer")
         self.tokenizer = Tokenizer.load(folder)
         self.stop_ids = load_stop_ids(folder)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,18 +13,25 @@ from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import Manifest
 from gemma4_export.configs.models import load_model, recognise
 from gemma4_export.configs.names import NOT_PACKED_PREFIXES
-from gemma4_export.configs.recipe import load_recipe
+from gemma4_export.configs.recipe import load_recipe, recipe_names
 from gemma4_export.configs.target import load_target
 
 if TYPE_CHECKING:
-    from gemma4_export.exporter.checkpoint import Checkpoint
+    from gemma4_export.exporter.write import WeightSource
+
+Weights = Literal["model", "dummy"]
+Activations = Literal["int8", "fp32"]
 
 
 def build(
     target: Annotated[str, typer.Option(help="Where it will run, e.g. cpu.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder: config.json and *.safetensors.")] = None,
     model: Annotated[str | None, typer.Option(help="Released model, e.g. e2b or 26b-a4b-base, or a hub id.")] = None,
-    recipe: Annotated[str, typer.Option(help="How weights are stored: bf16 as released, or fp32.")] = "bf16",
+    weights: Annotated[Weights, typer.Option(help="dummy: random weights of --model, for sizes and speed.")] = "model",
+    recipe: Annotated[
+        str, typer.Option(help=f"How weights are stored: {', '.join(recipe_names())}, or FILE.toml.")
+    ] = "bf16",
+    activations: Annotated[Activations, typer.Option(help="What int4 and int8 matrices are multiplied with.")] = "int8",
     out: Annotated[Path | None, typer.Option(help="Artifact folder.  [default: gemma4-MODEL-TARGET]")] = None,
     context: Annotated[int | None, typer.Option(help="Longest sequence in tokens.  [default: the model's]")] = None,
     chunk: Annotated[int | None, typer.Option(help="Longest prefill step in tokens.  [default: the target's]")] = None,
@@ -33,31 +41,48 @@ def build(
     chosen_target, chosen_recipe = load_target(target), load_recipe(recipe)
     if (checkpoint is None) == (model is None):
         raise ConfigError("give one of --checkpoint and --model", hint="--checkpoint DIR, or --model e2b to download")
-    hub_id = None if model is None else model if _is_foreign(model) else load_model(model).hub_id
+    if weights == "dummy" and model is None:
+        raise ConfigError("--weights dummy needs --model, the size to draw", hint="--model e2b --weights dummy")
+    released = None if model is None or _is_foreign(model) else load_model(model)
     from gemma4_export.exporter.build import build_artifact, check_target, resolve_options
-    from gemma4_export.exporter.checkpoint import Checkpoint
     from gemma4_export.exporter.commands.progress import BuildProgress
 
     check_target(chosen_target)
     started = time.monotonic()
-    if hub_id is not None:
-        from gemma4_export.exporter.hub import download
+    with contextlib.ExitStack() as stack:
+        source: WeightSource
+        if weights == "dummy":
+            from gemma4_export.exporter.dummy import DummySource
 
-        checkpoint = download(hub_id)
-    assert checkpoint is not None
-    with Checkpoint(checkpoint) as opened:
+            if released is None:
+                raise ConfigError(f"--weights dummy knows released sizes only, not {model}", hint="--model e2b")
+            source, name = DummySource(released.config), f"{released.name}-dummy"
+        else:
+            from gemma4_export.exporter.checkpoint import Checkpoint
+
+            folder = checkpoint or _download(released.hub_id if released else str(model))
+            source = stack.enter_context(Checkpoint(folder))
+            name = _name(source, folder)
         options = resolve_options(
-            opened.config,
-            model_name=_name(opened),
+            source.config,
+            model_name=name,
             target=chosen_target,
             recipe=chosen_recipe,
+            activations=activations,
+            has_dummy_weights=weights == "dummy",
             context=context,
             chunk=chunk,
         )
-        folder = out or Path(f"gemma4-{options.model_name}-{options.target.name}")
+        artifact = out or Path(f"gemma4-{options.model_name}-{options.target.name}")
         with BuildProgress() as progress:
-            manifest = build_artifact(opened, options, folder, progress)
-    _report(manifest, folder, time.monotonic() - started)
+            manifest = build_artifact(source, options, artifact, progress)
+    _report(manifest, artifact, time.monotonic() - started)
+
+
+def _download(hub_id: str) -> Path:
+    from gemma4_export.exporter.hub import download
+
+    return download(hub_id)
 
 
 def _is_foreign(model: str) -> bool:
@@ -65,20 +90,27 @@ def _is_foreign(model: str) -> bool:
     return "/" in model and not model.lower().startswith("google/")
 
 
-def _name(checkpoint: Checkpoint) -> str:
+def _name(source: WeightSource, folder: Path) -> str:
     """A released size by its structure, else the folder's own name."""
-    from gemma4_export.exporter.package import read_chat_template
+    from gemma4_export.exporter.tokenizer_files import read_chat_template
 
-    size = recognise(checkpoint.config)
+    size = recognise(source.config)
     if size is None:
-        return checkpoint.folder.resolve().name
-    return size if read_chat_template(checkpoint.folder) else f"{size}-base"
+        return folder.resolve().name
+    return size if read_chat_template(folder) else f"{size}-base"
 
 
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
     size = sum(entry.bytes for entry in manifest.files.values())
     what = f"{manifest.model.name} for {manifest.target}, {manifest.recipe}"
     print(f"{folder}: {what}, {size / 1e6:.1f} MB, {seconds:.0f} s")
+    for role, entry in sorted(manifest.census.items()):
+        if entry.codes:
+            kept = f", {entry.codes - entry.codes_kept} of {entry.codes} codes changed" if entry.codes_kept else ""
+            print(
+                f"  {role}: {entry.tensors} tensors, {entry.parameters / 1e6:.1f} M parameters as {entry.format}, "
+                f"{entry.bytes / 1e6:.1f} MB, relative error {entry.relative_error:.4f}{kept}"
+            )
     for prefix in NOT_PACKED_PREFIXES:
         count = sum(name.startswith(prefix) for name in manifest.not_packed)
         if count:

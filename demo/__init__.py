@@ -1,0 +1,1 @@
+"""The demo's two tiny trained Gemma 4 checkpoints: tasks, training, scoring. Not part of the installed package."""

@@ -1,0 +1,208 @@
+"""Train one tiny model for a while, resuming from its last state: ``python -m demo.train tiny-e --phase 1 --minutes 9``.
+
+Reads the tokenizer from demo/.work/NAME, writes state.pt (weights in fp32, momenta, step) to --state and the checkpoint's
+tensors to --out. The learning rate warms up, stays, and falls to zero over each call, by steps if --steps is given, else by time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from demo import models
+from demo.batches import TASKS, Encoder, Shape, Workers
+from demo.forward import dense_experts, forward, loss, whole_replies
+from demo.optimizer import Optimizer
+
+WORK = Path(__file__).parent / ".work"
+# what the batches of each phase hold; sounds only for the model that hears
+PHASES = {
+    0: Shape(rows=4, images=((70, 8),), sounds=2, text_pixels=(24, 130)),  # a smoke run
+    1: Shape(images=((70, 112),), sounds=40, text_pixels=(24, 130)),
+    2: Shape(rows=52, images=((70, 80), (280, 24)), sounds=20, text_pixels=(17, 130)),
+}
+
+
+def schedule(done: float, warm: float) -> float:
+    """Share of the learning rate at a share of the run: up, flat to one half, then down to 2 %."""
+    if done < warm:
+        return done / warm
+    return 1.0 if done < 0.5 else max(0.02, 1 - (done - 0.5) / 0.5)
+
+
+def save_state(path: Path, model: torch.nn.Module, optimizer: Optimizer | None, step: int) -> None:
+    """Everything a later call needs, written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"model": models.state(model), "step": step, "optimizer": optimizer.state_dict() if optimizer else None}
+    torch.save(content, path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)
+
+
+def load_state(path: Path, model: torch.nn.Module, optimizer: Optimizer) -> int:
+    """Weights, momenta if they are there, and the number of the next step."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    missing, unexpected = model.load_state_dict(content["model"], strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"{path}: missing {missing}, unexpected {unexpected}")
+    if content["optimizer"]:
+        optimizer.load_state_dict(content["optimizer"])
+    return int(content["step"])
+
+
+def on_device(workers: Workers, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches on the device, copied one ahead by a thread so that neither the copy nor its wait holds up the launches."""
+    ready: queue.Queue[tuple[dict[str, torch.Tensor], Any]] = queue.Queue(maxsize=2)
+
+    def copy() -> None:
+        stream = torch.cuda.Stream() if device.type == "cuda" else None
+        for slot, arrays in workers:
+            if stream is None:
+                batch, event = {name: torch.from_numpy(array).clone() for name, array in arrays.items()}, None
+            else:
+                with torch.cuda.stream(stream):
+                    batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+                    event = stream.record_event()
+                event.synchronize()
+            workers.release(slot)
+            ready.put((batch, event))
+
+    threading.Thread(target=copy, daemon=True).start()
+    while True:
+        batch, event = ready.get(timeout=120)
+        if event is not None:
+            for tensor in batch.values():
+                tensor.record_stream(torch.cuda.current_stream())
+        yield batch
+
+
+def write_weights(out: Path, name: str, model: torch.nn.Module) -> None:
+    """The fp32 weights in two halves of under 16 MiB, to come back from a machine that returns no larger file."""
+    tensors = {key: tensor.detach().cpu() for key, tensor in models.state(model).items()}
+    sizes, half, seen = [t.numel() for t in tensors.values()], {}, 0
+    for key, size in zip(tensors, sizes, strict=True):
+        half[key] = int(seen + size / 2 > sum(sizes) / 2)
+        seen += size
+    for part in (0, 1):
+        torch.save({k: t.clone() for k, t in tensors.items() if half[k] == part}, out / f"{name}.{part}.pt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=models.NAMES)
+    parser.add_argument("--phase", type=int, default=1, choices=PHASES)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--state", type=Path, default=WORK / "state")
+    parser.add_argument("--start", type=Path, help="begin from these weights if there is no state (NAME.0.pt, NAME.1.pt)")
+    parser.add_argument("--eyes", type=Path, help="begin with another model's vision tower (FOLDER/NAME)")
+    parser.add_argument("--out", type=Path, default=WORK / "out")
+    parser.add_argument("--workers", type=int, default=7)
+    parser.add_argument("--muon-lr", type=float, default=4e-3)
+    parser.add_argument("--adam-lr", type=float, default=2e-3)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    started = time.time()
+    folder = WORK / args.name
+    state_file = args.state / f"{args.name}.pt"
+    first = torch.load(state_file, weights_only=True, mmap=True)["step"] if state_file.exists() else 0
+    phase = PHASES[args.phase]
+    shape = Shape(**{**phase.__dict__, "sounds": phase.sounds if models.has_audio(args.name) else 0})
+    encoder = Encoder(folder)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    seed = args.seed + 1000 * args.phase
+    workers = Workers(shape, encoder, seed=seed, first=first, processes=args.workers)
+
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hub_config = models.config(args.name, encoder.tokenizer)
+    if hub_config["text_config"]["enable_moe_block"]:
+        from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
+
+        Gemma4TextExperts.forward = dense_experts
+    model: Any = models.build(hub_config, seed=args.seed).to(device).train()
+    optimizer = Optimizer(model, muon_lr=args.muon_lr, adam_lr=args.adam_lr, decay=0.05)
+    if state_file.exists():
+        load_state(state_file, model, optimizer)
+    elif args.start:
+        weights = {k: v for part in (0, 1) for k, v in torch.load(args.start / f"{args.name}.{part}.pt").items()}
+        model.load_state_dict(weights, strict=False)
+    models.set_clip_bounds(model)
+    if args.eyes and not state_file.exists():
+        # the vision towers have the same shape: begin with the one that has learnt to read
+        seen = {k: v for part in (0, 1) for k, v in torch.load(args.eyes.parent / f"{args.eyes.name}.{part}.pt").items()}
+        tower = dict(model.model.vision_tower.named_parameters())
+        with torch.no_grad():
+            for key, parameter in tower.items():
+                parameter.copy_(seen[f"model.vision_tower.{key}"])
+            scale, bias = seen["model.vision_tower.std_scale"], seen["model.vision_tower.std_bias"]
+            print("eyes:", len(tower), "tensors; standardisation left out:", float(scale.mean()), float(bias.std()), flush=True)
+            model.model.embed_vision.embedding_projection.weight.copy_(
+                seen["model.embed_vision.embedding_projection.weight"].to(device) * (scale / scale.mean()).to(device)
+            )
+    if args.compile:
+        torch._dynamo.config.cache_size_limit = 64
+        torch._dynamo.config.automatic_dynamic_shapes = False  # every batch of a phase has the same shapes
+        for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
+            layer.compile()
+    budgets = [budget for budget, _ in shape.images]
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(f"{args.name}: {models.count(model)['']} weights, step {first}, {shape}", flush=True)
+
+    log, waited, tokens, sums = [], 0.0, 0, torch.zeros((), device=device)
+    step, ready, last_save = first, time.time(), time.time()
+    timer, since = time.time(), first
+    feed = on_device(workers, device)
+    while True:
+        before = time.time()
+        batch = next(feed)
+        waited += time.time() - before
+        if args.steps:
+            done = (step - first) / args.steps
+        else:
+            done = (time.time() - ready) / max(1.0, 60 * args.minutes - (ready - started))
+        if done >= 1:
+            break
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            out = forward(model, batch, budgets)
+        value = loss(out, batch["labels"])
+        value.backward()
+        optimizer.step(schedule(done, 0.03))
+        sums += value.detach()
+        step += 1
+        if step - first in (5, 20) or step % 200 == 0:
+            right = whole_replies(out, batch, TASKS)
+            spent = time.time() - timer
+            line = {
+                "step": step,
+                "seconds": round(time.time() - started, 1),
+                "ms_per_step": round(1000 * spent / (step - since), 1),
+                "waited_share": round(waited / spent, 2),
+                "loss": round(float(sums) / (step - since), 4),
+                "replies": {task: round(hit / number, 2) for task, (hit, number) in right.items()},
+            }
+            log.append(line)
+            print(json.dumps(line), flush=True)
+            timer, since, waited = time.time(), step, 0.0
+            sums.zero_()
+        if time.time() - last_save > 150:
+            write_weights(args.out, args.name, model)
+            last_save = time.time()
+    workers.stop()
+    write_weights(args.out, args.name, model)
+    (args.out / f"{args.name}.log.json").write_text(json.dumps(log), encoding="utf-8")
+    save_state(state_file, model, optimizer, step)
+    print(f"{args.name}: {step - first} steps to step {step} in {time.time() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The tokenizer files of a checkpoint: copied as they are, checked against the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gemma4_export.configs.errors import ConfigError
+
+CHAT_TEMPLATE = "chat_template.jinja"
+_REQUIRED = ("tokenizer.json", "generation_config.json")
+_OPTIONAL = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+
+
+def copy_tokenizer(checkpoint: Path, folder: Path, *, vocab_size: int) -> None:
+    """Copy a checkpoint's tokenizer files as they are.
+
+    Raises:
+        ConfigError: a file is missing, is not JSON, or names ids that the model does not have.
+    """
+    folder.mkdir()
+    for name in (*_REQUIRED, *_OPTIONAL):
+        source = checkpoint / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+        elif name in _REQUIRED:
+            raise ConfigError(f"{checkpoint}: no {name}", hint="download it from the model's page into the same folder")
+    highest = _highest_id(folder / "tokenizer.json")
+    if highest >= vocab_size:
+        raise ConfigError(
+            f"tokenizer.json: token id {highest}, the model's vocabulary has {vocab_size}",
+            hint="tokenizer.json and config.json belong to different models",
+        )
+    template = read_chat_template(checkpoint)
+    if template is not None:
+        (folder / CHAT_TEMPLATE).write_bytes(template.encode())
+
+
+def read_chat_template(checkpoint: Path) -> str | None:
+    """The checkpoint's chat template: its own file, or, as older transformers saved it, in tokenizer_config.json."""
+    template, config = checkpoint / CHAT_TEMPLATE, checkpoint / "tokenizer_config.json"
+    if template.is_file():
+        return template.read_bytes().decode()
+    inline = _read_json(config).get("chat_template") if config.is_file() else None
+    return inline if isinstance(inline, str) else None
+
+
+def _highest_id(path: Path) -> int:
+    tokenizer = _read_json(path)
+    try:
+        ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer.get("added_tokens", []))]
+        return max(int(index) for index in ids)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path.name}: has no vocabulary ({error!r})", hint="download it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path.name}: not JSON ({error})", hint="download it again") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path.name}: expected a JSON object, found {type(value).__name__}")
+    return value
