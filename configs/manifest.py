@@ -123,6 +123,9 @@ class ModelEntry:
     num_layers: int
     hidden_size_per_layer_input: int
     max_position_embeddings: int
+    num_experts: int
+    """Routed experts per layer; 0: the model has none."""
+    top_k_experts: int
     is_chat: bool
     """A chat template came with the checkpoint; base models have none."""
 

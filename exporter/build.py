@@ -95,13 +95,7 @@ def resolve_options(
         ConfigError: the target's backends do not exist yet, or context and chunk are out of range.
     """
     check_target(target)
-    longest = config.max_position_embeddings
-    context = longest if context is None else context
-    if not 1 <= context <= longest:
-        raise ConfigError(f"--context {context}: expected 1 to {longest}, the model's max_position_embeddings")
-    chunk = min(target.chunk, context) if chunk is None else chunk
-    if not 1 <= chunk <= context:
-        raise ConfigError(f"--chunk {chunk}: expected 1 to {context}, the context")
+    context, chunk = resolve_lengths(config, target, context=context, chunk=chunk)
     return BuildOptions(
         model_name=model_name,
         target=target,
@@ -111,6 +105,22 @@ def resolve_options(
         context=context,
         chunk=chunk,
     )
+
+
+def resolve_lengths(config: ModelConfig, target: Target, *, context: int | None, chunk: int | None) -> tuple[int, int]:
+    """Context and chunk in tokens: the model's longest and the target's own where the user left them open.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+    longest = config.max_position_embeddings
+    context = longest if context is None else context
+    if not 1 <= context <= longest:
+        raise ConfigError(f"--context {context}: expected 1 to {longest}, the model's max_position_embeddings")
+    chunk = min(target.chunk, context) if chunk is None else chunk
+    if not 1 <= chunk <= context:
+        raise ConfigError(f"--chunk {chunk}: expected 1 to {context}, the context")
+    return context, chunk
 
 
 def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_progress: OnProgress) -> Manifest:
@@ -161,7 +171,7 @@ def _manifest(
     config = source.config
     sliding, full = config.rope("sliding_attention"), config.rope("full_attention")
     assert full is not None  # the last layer is always global
-    ple = config.hidden_size_per_layer_input
+    ple, moe = config.hidden_size_per_layer_input, config.layers[0].moe
     weights = placement.weights
     return Manifest(
         format=FORMAT,
@@ -173,6 +183,8 @@ def _manifest(
             num_layers=config.num_layers,
             hidden_size_per_layer_input=ple,
             max_position_embeddings=config.max_position_embeddings,
+            num_experts=moe.num_experts if moe else 0,
+            top_k_experts=moe.top_k if moe else 0,
             is_chat=f"{TOKENIZER_FOLDER}/{CHAT_TEMPLATE}" in files,
         ),
         target=options.target.name,
@@ -184,7 +196,7 @@ def _manifest(
         chunk=options.chunk,
         rope_sliding=None if sliding is None else _rope_entry(sliding),
         rope_global=_rope_entry(full),
-        kv=_kv_layout(config, options),
+        kv=kv_layout(config, options),
         embed_tokens=_table(weights[names.EMBED_TOKENS], scale=config.hidden_size),
         embed_tokens_per_layer=_table(weights[names.EMBED_TOKENS_PER_LAYER], scale=ple) if ple else None,
         graphs={
@@ -206,7 +218,7 @@ def _rope_entry(rope: RopeConfig) -> RopeEntry:
     return RopeEntry(theta=rope.theta, head_dim=rope.head_dim, num_frequencies=rope.num_frequencies)
 
 
-def _kv_layout(config: ModelConfig, options: BuildOptions) -> KVLayout:
+def kv_layout(config: ModelConfig, options: BuildOptions) -> KVLayout:
     window = config.sliding_window
     return KVLayout(
         sliding_window=window,

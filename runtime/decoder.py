@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ class Decoder:
     def __init__(self, artifact: Artifact) -> None:
         manifest = self.manifest = artifact.manifest
         self._session = open_session(artifact)
+        self.seconds_in_graph = 0.0
+        """Time spent in the backend so far; the rest of a call is ours."""
         self._tokens = EmbeddingTable(artifact, manifest.embed_tokens)
         per_layer = manifest.embed_tokens_per_layer
         self._per_layer = None if per_layer is None else EmbeddingTable(artifact, per_layer)
@@ -85,7 +88,9 @@ class Decoder:
             model = self.manifest.model
             shape = (1, count, model.num_layers, model.hidden_size_per_layer_input)
             feeds["per_layer_inputs"] = self._per_layer.gather(tokens).reshape(shape)
+        started = time.perf_counter()
         logits = self._session.run({name: feeds[name] for name in self._input_names}, cache)
+        self.seconds_in_graph += time.perf_counter() - started
         cache.advance(count)
         return logits
 

@@ -19,6 +19,8 @@ class ReleasedModel:
     name: str
     title: str
     hub_id: str
+    checkpoint_bytes: int
+    """Of its safetensors files, vision and audio towers included."""
     config: ModelConfig
 
 
@@ -47,11 +49,15 @@ def recognise(config: ModelConfig) -> str | None:
 
 def _load_size(size: str) -> tuple[ReleasedModel, ReleasedModel]:
     values = load_named(_FOLDER, size, "model")
-    check_keys(values, {"name", "title", "hub_id", "base_hub_id", "config"}, set(), f"models/{size}.toml")
-    config = ModelConfig.from_hf(values["config"])
+    check_keys(
+        values,
+        {"name", "title", "hub_id", "base_hub_id", "checkpoint_parameters", "config"},
+        set(),
+        f"models/{size}.toml",
+    )
+    shared = {"checkpoint_bytes": 2 * values["checkpoint_parameters"], "config": ModelConfig.from_hf(values["config"])}
+    title = values["title"]
     return (
-        ReleasedModel(name=size, title=values["title"], hub_id=values["hub_id"], config=config),
-        ReleasedModel(
-            name=f"{size}-base", title=f"{values['title']}, base", hub_id=values["base_hub_id"], config=config
-        ),
+        ReleasedModel(name=size, title=title, hub_id=values["hub_id"], **shared),
+        ReleasedModel(name=f"{size}-base", title=f"{title}, base", hub_id=values["base_hub_id"], **shared),
     )

@@ -10,6 +10,7 @@ from gemma4_export import __version__
 from gemma4_export.configs.command_line import run
 from gemma4_export.exporter.commands.build import build
 from gemma4_export.exporter.commands.inspect import inspect
+from gemma4_export.exporter.commands.plan import plan
 
 app = typer.Typer(
     name="gemma4-export",
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(build)
 app.command()(inspect)
+app.command()(plan)
 
 
 @app.callback(invoke_without_command=True)

@@ -22,7 +22,8 @@ class LowerLinear(ir.passes.InPlacePass):
             assert hidden_states.shape is not None
             leading = hidden_states.shape.dims[:-1]
             op = NodeBuilder()
-            if len(leading) == 1:
+            is_quantized = self.matmul.placement.weights[str(weight.name)].format.is_quantized
+            if len(leading) == 1 or is_quantized:  # MatMulNBits takes any number of leading axes, Gemm one
                 output = self.matmul(op, model, hidden_states, weight)
             else:
                 # Reshape takes one -1: all leading axes but T (or R) are static.

@@ -25,7 +25,7 @@ class MatMul:
     activations: Activations
 
     def __call__(self, op: NodeBuilder, model: ir.Model, rows: ir.Value, weight: ir.Value) -> ir.Value:
-        """[n, K] times the transpose of ``weight`` [N, K] -> [n, N]."""
+        """[…, K] times the transpose of ``weight`` [N, K] -> […, N]; plain values take [n, K] only."""
         name = str(weight.name)
         placed = self.placement.weights[name]
         if not placed.format.is_quantized:

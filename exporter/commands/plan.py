@@ -1,0 +1,65 @@
+"""``gemma4-export plan``: what a build takes and gives, before anything is downloaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Literal
+
+import typer
+
+from gemma4_export.configs.models import load_model
+from gemma4_export.configs.recipe import load_recipe
+from gemma4_export.configs.target import load_target
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="Released model, e.g. e2b or 26b-a4b-base.")],
+    target: Annotated[str, typer.Option(help="Where it will run, e.g. cpu or rtx4090.")],
+    recipe: Annotated[str, typer.Option(help="How weights are stored.")] = "bf16",
+    weights: Annotated[Literal["model", "dummy"], typer.Option(help="dummy: nothing is downloaded.")] = "model",
+    context: Annotated[int | None, typer.Option(help="Longest sequence in tokens.  [default: the model's]")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Longest prefill step in tokens.  [default: the target's]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Add up weights, KV, memory, disk and the speed limit; refuse what cannot fit and name what does."""
+    released, chosen_target, chosen_recipe = load_model(model), load_target(target), load_recipe(recipe)
+    from gemma4_export.exporter.plan import Plan, check_fits, make_plan, resolve_plan
+
+    options = resolve_plan(
+        released, target=chosen_target, recipe=chosen_recipe, dummy=weights == "dummy", context=context, chunk=chunk
+    )
+    result: Plan = make_plan(released, options)
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(result), "fits": result.fits}))
+    else:
+        for line in _describe(result):
+            print(line)
+    check_fits(result, released, options)
+
+
+def _describe(plan: object) -> list[str]:
+    from gemma4_export.exporter.plan import Plan
+
+    assert isinstance(plan, Plan)
+    giga = 1e9
+    lines = [f"{plan.model} for {plan.target}, {plan.recipe}, context {plan.context}"]
+    lines += [f"  {size / giga:8.3f} GB  {role}" for role, size in sorted(plan.role_bytes.items())]
+    lines += [
+        f"artifact  {plan.artifact_bytes / giga:.2f} GB; download {plan.download_bytes / giga:.2f} GB; "
+        f"free disk needed {plan.build_disk_bytes / giga:.2f} GB",
+        f"memory    {plan.weights_in_memory_bytes / giga:.2f} GB weights + {plan.kv_bytes / giga:.2f} GB KV + "
+        f"{plan.scratch_bytes / giga:.2f} GB scratch of {plan.memory_bytes / giga:.1f} GB; "
+        f"{plan.load_peak_bytes / giga:.2f} GB at the peak of loading",
+        f"context   up to {plan.longest_context} tokens fit",
+        f"decode    reads {plan.bytes_per_token / giga:.3f} GB a token with the context full",
+    ]
+    if plan.decode_limit_tokens_per_s is None:
+        lines.append("limit     the bandwidth of this machine is not known: gemma4-run bench measures it")
+    else:
+        bandwidth = plan.decode_limit_tokens_per_s * plan.bytes_per_token
+        lines.append(
+            f"limit     {bandwidth / giga:.0f} GB/s / {plan.bytes_per_token / giga:.3f} GB = "
+            f"{plan.decode_limit_tokens_per_s:.0f} tok/s"
+        )
+    return lines

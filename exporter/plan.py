@@ -1,0 +1,196 @@
+"""What a build will take and what it will give: bytes of everything, whether it fits, and the limit of its speed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from gemma4_export.configs.errors import ConfigError
+from gemma4_export.configs.manifest import KVLayout
+from gemma4_export.configs.model import ModelConfig
+from gemma4_export.configs.models import ReleasedModel
+from gemma4_export.configs.names import EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, LM_HEAD, decoder_tensors
+from gemma4_export.configs.recipe import Recipe, load_recipe, recipe_names
+from gemma4_export.configs.target import Target
+from gemma4_export.exporter.build import BuildOptions, kv_layout, resolve_lengths
+from gemma4_export.exporter.weights import Placement, StoredWeight, place_weights
+
+_PROCESS_BYTES = 300 << 20  # Python, NumPy and onnxruntime's own code and tables, measured on an empty session
+_OTHER_FILES_BYTES = 40 << 20  # tokenizer.json is 32 MB, graphs up to a few
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All sizes in bytes; ``None`` where only a measurement on the machine can tell."""
+
+    model: str
+    target: str
+    recipe: str
+    context: int
+    role_bytes: dict[str, int]
+    artifact_bytes: int
+    download_bytes: int
+    build_disk_bytes: int
+    """Download and artifact together: what has to be free at once."""
+    weights_in_memory_bytes: int
+    """Matrices as the backend holds them; mapped tables are not counted."""
+    kv_bytes: int
+    scratch_bytes: int
+    load_peak_bytes: int
+    memory_bytes: int
+    longest_context: int
+    """Longest that fits beside the weights; 0: the weights alone do not."""
+    bytes_per_token: int
+    """Weights and KV that one decode step reads when the context is full."""
+    decode_limit_tokens_per_s: float | None
+
+    @property
+    def fits(self) -> bool:
+        return self.longest_context >= self.context
+
+
+def resolve_plan(
+    model: ReleasedModel, *, target: Target, recipe: Recipe, dummy: bool, context: int | None, chunk: int | None
+) -> BuildOptions:
+    """Build options for a plan: also for targets that this version cannot build for yet.
+
+    Raises:
+        ConfigError: context or chunk out of range.
+    """
+    context, chunk = resolve_lengths(model.config, target, context=context, chunk=chunk)
+    return BuildOptions(
+        model_name=model.name,
+        target=target,
+        recipe=recipe,
+        activations="int8",
+        has_dummy_weights=dummy,
+        context=context,
+        chunk=chunk,
+    )
+
+
+def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
+    """Add up what building ``model`` with ``options`` takes. Reads no weight and no network."""
+    config, target = model.config, options.target
+    placement = place_weights(decoder_tensors(config).values(), options.recipe)
+    is_cpu = "ort-cpu" in target.backends
+    kv_item = 4 if is_cpu else 2  # ort-cpu computes in float32, GPUs in 16 bits
+    layout = kv_layout(config, options)
+    weights = sum(_memory_bytes(weight, is_cpu=is_cpu) for weight in placement.stored)
+    memory = target.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    scratch = _scratch_bytes(config, options.chunk)
+    room = memory - _PROCESS_BYTES - weights - scratch
+    artifact = sum(placement.num_bytes.values()) + _OTHER_FILES_BYTES
+    kv = layout.num_bytes(options.context) * kv_item // 4
+    per_token = _read_bytes(config, placement, is_cpu=is_cpu) + _kv_read_bytes(config, options.context, kv_item)
+    bandwidth = target.bandwidth_bytes_per_s
+    return Plan(
+        model=options.model_name,
+        target=target.name,
+        recipe=options.recipe.name,
+        context=options.context,
+        role_bytes=_role_bytes(placement),
+        artifact_bytes=artifact,
+        download_bytes=0 if options.has_dummy_weights else model.checkpoint_bytes,
+        build_disk_bytes=artifact + (0 if options.has_dummy_weights else model.checkpoint_bytes),
+        weights_in_memory_bytes=weights,
+        kv_bytes=kv,
+        scratch_bytes=scratch,
+        load_peak_bytes=_PROCESS_BYTES + weights + _largest_conversion(placement, is_cpu=is_cpu),
+        memory_bytes=memory,
+        longest_context=_longest_context(layout, room, kv_item, config.max_position_embeddings),
+        bytes_per_token=per_token,
+        decode_limit_tokens_per_s=None if bandwidth is None else bandwidth / per_token,
+    )
+
+
+def check_fits(plan: Plan, model: ReleasedModel, options: BuildOptions) -> None:
+    """Refuse what cannot fit, and name the nearest thing that does.
+
+    Raises:
+        ConfigError: weights, KV and scratch need more memory than the target has.
+    """
+    if plan.fits:
+        return
+    needed = plan.weights_in_memory_bytes + plan.kv_bytes + plan.scratch_bytes + _PROCESS_BYTES
+    cause = (
+        f"{plan.model} as {plan.recipe} with {plan.context} tokens needs {needed / 1e9:.1f} GB, "
+        f"{plan.target} has {plan.memory_bytes / 1e9:.1f} GB"
+    )
+    if plan.longest_context > 0:
+        raise ConfigError(cause, hint=f"--context {plan.longest_context} fits")
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        other = make_plan(model, replace(options, recipe=recipe))
+        if other.longest_context > 0 and other.weights_in_memory_bytes < plan.weights_in_memory_bytes:
+            raise ConfigError(cause, hint=f"--recipe {name} --context {min(other.longest_context, plan.context)} fits")
+    raise ConfigError(cause, hint="no recipe of this model fits; try a smaller model or a target with more memory")
+
+
+def _role_bytes(placement: Placement) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for weight in placement.stored:
+        sizes[weight.role] = sizes.get(weight.role, 0) + weight.placed.code_bytes + weight.placed.scale_bytes
+    return sizes
+
+
+def _memory_bytes(weight: StoredWeight, *, is_cpu: bool) -> int:
+    """What the backend holds of a weight; mapped tables count nothing.
+
+    onnxruntime's CPU provider widens float matrices to float32 and keeps, beside each scale of a quantised one, the sum
+    of its block's codes. GPUs keep codes with their canonical scales.
+    """
+    placed, form = weight.placed, weight.placed.format
+    rows, columns = placed.row_shape
+    if weight.name == EMBED_TOKENS_PER_LAYER or (weight.name == EMBED_TOKENS and not _is_head(weight)):
+        return 0
+    if not form.is_quantized:
+        return 4 * rows * columns if is_cpu else placed.code_bytes
+    if is_cpu:
+        return placed.code_bytes + 2 * placed.scale_bytes
+    return placed.code_bytes + rows * (2 * columns // form.block if form.kind == "int4" else 4)
+
+
+def _is_head(weight: StoredWeight) -> bool:
+    """The token table is the head as well where both have one format: its scales are then those of a matrix."""
+    scales = weight.placed.scales
+    return scales is None or scales.dtype == "float32"
+
+
+def _largest_conversion(placement: Placement, *, is_cpu: bool) -> int:
+    """While a weight is packed or widened, source and result exist side by side; one weight at a time."""
+    return max(weight.placed.code_bytes + _memory_bytes(weight, is_cpu=is_cpu) for weight in placement.stored)
+
+
+def _read_bytes(config: ModelConfig, placement: Placement, *, is_cpu: bool) -> int:
+    """Bytes of weights that one decode step reads: every matrix once, of the experts the chosen ones."""
+    total = 0.0
+    moe = next((layer.moe for layer in config.layers if layer.moe), None)
+    for weight in placement.stored:
+        if weight.name == EMBED_TOKENS and LM_HEAD in {other.name for other in placement.stored}:
+            continue
+        share = moe.top_k / moe.num_experts if moe and weight.role == "decoder.experts" else 1.0
+        total += share * _memory_bytes(weight, is_cpu=is_cpu)
+    return int(total)
+
+
+def _kv_read_bytes(config: ModelConfig, length: int, item: int) -> int:
+    """Shared layers read their donor's cache again, so every layer counts."""
+    total = 0
+    for layer in config.layers:
+        tokens = length if layer.sliding_window is None else min(length, layer.sliding_window)
+        total += 2 * item * layer.num_kv_heads * layer.head_dim * tokens
+    return total
+
+
+def _scratch_bytes(config: ModelConfig, chunk: int) -> int:
+    """Activations of one chunk in float32: the widest layer's hidden, gate, up and product, and one row of logits."""
+    width = max(layer.intermediate_size for layer in config.layers)
+    heads = max(layer.num_heads * layer.head_dim for layer in config.layers)
+    return 4 * (chunk * (4 * config.hidden_size + 3 * width + 4 * heads) + 2 * config.vocab_size)
+
+
+def _longest_context(layout: KVLayout, room: int, item: int, maximum: int) -> int:
+    fixed = layout.num_bytes(0) * item // 4
+    per_token = (layout.num_bytes(1) - layout.num_bytes(0)) * item // 4
+    return max(0, min(maximum, (room - fixed) // per_token)) if room > fixed else 0

@@ -1,0 +1,124 @@
+"""Speed of an artifact on this machine, beside what a plain read of the same bytes reaches in the same minute."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gemma4_export.configs.formats import WeightFormat
+from gemma4_export.configs.manifest import Manifest
+from gemma4_export.runtime.gemma4 import Gemma4
+
+_READ_BYTES = 1 << 29  # larger than any cache, small beside the weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchResult:
+    """One measurement; rates are medians over the repeats."""
+
+    load_s: float
+    prompt_tokens: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    overhead_ms_per_token: float
+    """Decode time outside the graph: tables, RoPE, binding, picking the token."""
+    gb_per_token: float
+    """Weights and KV that one decode step reads (1e9 bytes)."""
+    decode_gb_per_s: float
+    plain_read_gb_per_s: float
+    share_of_plain_read: float
+    resident_gb: float
+    num_threads: int
+
+
+def bench(
+    folder: Path, *, prompt_tokens: int, new_tokens: int, repeats: int, say: Callable[[str], None] = lambda _: None
+) -> BenchResult:
+    """Load ``folder``, prefill ``prompt_tokens`` random ids and decode ``new_tokens``, ``repeats`` times."""
+    started = time.perf_counter()
+    model = Gemma4.load(folder)
+    load_s = time.perf_counter() - started
+    say(f"loaded in {load_s:.1f} s")
+    vocab_size = min(model.tokenizer.vocab_size, model.artifact.manifest.model.vocab_size)
+    ids = [int(index) for index in np.random.default_rng(0).integers(vocab_size // 2, vocab_size, prompt_tokens)]
+    prefills, decodes, overheads, reads = [], [], [], []
+    for _ in range(repeats):
+        cache = model.new_cache()
+        started = time.perf_counter()
+        logits = model.forward(ids, rows=[prompt_tokens - 1], cache=cache)
+        prefills.append(prompt_tokens / (time.perf_counter() - started))
+        inside, started = model.decoder.seconds_in_graph, time.perf_counter()
+        for _ in range(new_tokens):
+            logits = model.forward([int(logits[0].argmax())], cache=cache)
+        seconds = time.perf_counter() - started
+        decodes.append(new_tokens / seconds)
+        overheads.append((seconds - (model.decoder.seconds_in_graph - inside)) / new_tokens * 1e3)
+        reads.append(plain_read())
+        say(f"prefill {prefills[-1]:.1f} tok/s, decode {decodes[-1]:.1f} tok/s, plain read {reads[-1]:.0f} GB/s")
+    gigabytes = bytes_per_token(model.artifact.manifest, prompt_tokens + new_tokens // 2) / 1e9
+    decode, read = statistics.median(decodes), statistics.median(reads)
+    return BenchResult(
+        load_s=load_s,
+        prompt_tokens=prompt_tokens,
+        prefill_tokens_per_s=statistics.median(prefills),
+        decode_tokens_per_s=decode,
+        overhead_ms_per_token=statistics.median(overheads),
+        gb_per_token=gigabytes,
+        decode_gb_per_s=gigabytes * decode,
+        plain_read_gb_per_s=read,
+        share_of_plain_read=gigabytes * decode / read,
+        resident_gb=resident_bytes() / 1e9,
+        num_threads=len(os.sched_getaffinity(0)),
+    )
+
+
+def bytes_per_token(manifest: Manifest, length: int) -> float:
+    """Bytes that one decode step at ``length`` tokens reads: every matrix once, top-k of the experts, and the KV.
+
+    Float matrices count four bytes a weight: onnxruntime widens bfloat16 at load.
+    """
+    model, total = manifest.model, 0.0
+    for role, entry in manifest.census.items():
+        if role.startswith("embeddings.") and not (
+            role == "embeddings.tokens" and "decoder.head" not in manifest.census
+        ):
+            continue  # one row of a table; the token table counts where it is the head as well
+        is_codes = WeightFormat.parse(entry.format).is_quantized
+        size = entry.bytes if is_codes else entry.parameters * 4
+        total += size * (model.top_k_experts / model.num_experts if role == "decoder.experts" else 1)
+    window = manifest.kv.sliding_window or 0
+    for cache in manifest.kv.caches:
+        tokens = min(length, window) if cache.kind == "sliding" else length
+        total += 2 * 4 * cache.num_kv_heads * cache.head_dim * tokens
+    return total
+
+
+def plain_read() -> float:
+    """GB/s at which all threads together read memory once, by a dot product that keeps nothing."""
+    threads = len(os.sched_getaffinity(0))
+    parts = [np.ones(_READ_BYTES // 4 // threads, np.float32) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        best = 0.0
+        for _ in range(3):
+            started = time.perf_counter()
+            list(pool.map(lambda part: float(np.dot(part, part)), parts))
+            best = max(best, sum(part.nbytes for part in parts) / (time.perf_counter() - started) / 1e9)
+    return best
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds and shares with no file (anonymous pages), 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 0
+    for line in status.read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
