@@ -33,13 +33,14 @@ class WeightFormat:
         Raises:
             ConfigError: it is none of these.
         """
-        kind, _, block = text.partition("/")
-        if kind in ("float32", "bfloat16", "int8") and not block:
-            return cls(kind)  # type: ignore[arg-type]  # just compared with the literals
-        if kind == "int4" and block.isdigit() and int(block) in BLOCKS:
-            return cls("int4", int(block))
-        known = ["float32", "bfloat16", "int8", *(f"int4/{size}" for size in BLOCKS)]
-        raise ConfigError(f"weight format {text!r} is not known", hint=nearest(text, known))
+        known = {str(form): form for form in (cls("float32"), cls("bfloat16"), cls("int8"))}
+        blocks = {str(form): form for form in (cls("int4", size) for size in BLOCKS)}
+        known |= blocks
+        if text not in known:
+            # Of "int4" alone the nearest spelling would be int8.
+            hint = f"known: {', '.join(blocks)}" if text.startswith("int4") else nearest(text, known)
+            raise ConfigError(f"weight format {text!r} is not known", hint=hint)
+        return known[text]
 
     @property
     def is_quantized(self) -> bool:

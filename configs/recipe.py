@@ -59,7 +59,10 @@ def _parse(values: Mapping[str, Any], where: str) -> Recipe:
     for role, text in roles.items():
         if role not in RECIPE_ROLES:
             raise ConfigError(f"{where}: role {role!r} does not exist", hint=nearest(role, RECIPE_ROLES))
-        formats[role] = WeightFormat.parse(str(text))
+        try:
+            formats[role] = WeightFormat.parse(str(text))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {role}: {error.cause}", hint=error.hint) from error
     missing = [role for role in RECIPE_ROLES if role not in formats]
     if missing:
         raise ConfigError(f"{where}: no format for {', '.join(missing)}", hint=f'add "{missing[0]}" = "bfloat16"')

@@ -58,8 +58,11 @@ def quantize(rows: Float32, form: WeightFormat, where: str) -> QuantizedRows:
         raise CheckpointError(f"{where}: holds {largest.max():.3g}, too large for a float16 scale", hint="use int8")
     scales = (largest / np.float32(limit)).astype(dtype)
     exact = scales.astype(np.float32)
-    # A block of zeros, or one too small for its scale's dtype, has scale 0 and codes 0.
-    inverse = np.divide(np.float32(1), exact, out=np.zeros_like(exact), where=exact > 0)
+    # A block of zeros, or one too small for its scale's dtype, has scale 0 and codes 0. Scales below float32's normal
+    # numbers count as too small: their reciprocal overflows.
+    is_zero = exact < np.finfo(np.float32).tiny
+    scales[is_zero] = 0
+    inverse = np.divide(np.float32(1), exact, out=np.zeros_like(exact), where=~is_zero)
     codes = np.rint(blocks * inverse[:, :, None])
     # A scale rounded down can push its largest weight half a code past the limit.
     np.clip(codes, -limit, limit, out=codes)
@@ -94,7 +97,4 @@ def unpack_int4(packed: UInt8) -> np.ndarray[Any, np.dtype[np.int8]]:
 def check_finite(values: Array, where: str) -> None:
     """Raise CheckpointError when ``values`` holds NaN or Inf."""
     if not np.isfinite(values).all():
-        raise CheckpointError(
-            f"{where}: {int((~np.isfinite(values)).sum())} values are NaN or Inf",
-            hint="the checkpoint is damaged; fetch it again",
-        )
+        raise CheckpointError(f"{where}: holds NaN or Inf", hint="the checkpoint is damaged; fetch it again")

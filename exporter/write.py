@@ -162,7 +162,8 @@ def _convert(rows: Array | QuantizedRows, placed: PlacedWeight, name: str) -> _S
     form = placed.format
     if not form.is_quantized:
         values = dequantize(rows) if isinstance(rows, QuantizedRows) else rows
-        largest = np.abs(values).max(initial=0)
+        with np.errstate(invalid="ignore"):  # NaN is refused in the next line, with a name
+            largest = np.abs(values).max(initial=0)
         check_finite(largest, name)
         stored = values.astype(np.float32 if form.kind == "float32" else ml_dtypes.bfloat16, copy=False)
         stats = WeightStats(parameters=values.size)
