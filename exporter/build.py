@@ -39,9 +39,9 @@ BACKEND = "ort-cpu"  # the only one that this version lowers to
 DECODER_FILE = f"{GRAPHS_FOLDER}/decoder.onnx"
 GLOBAL_BUCKET = 1024  # slots; onnxruntime's attention reads a linear cache whole, so it starts small and doubles
 
-Stage = Literal["trace", "weights", "package"]
+Stage = Literal["download", "trace", "weights", "package"]
 OnProgress = Callable[[Stage, str, int, int], None]
-"""Called with stage, what is being done, and done and total units (bytes for weights, steps otherwise)."""
+"""Called with stage, what is being done, and done and total units (bytes for download and weights, steps otherwise)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

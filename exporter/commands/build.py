@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,22 +41,22 @@ def build(
 
     check_target(chosen_target)
     started = time.monotonic()
-    if hub_id is not None:
-        from gemma4_export.exporter.hub import download
+    with BuildProgress() as progress:
+        if hub_id is not None:
+            from gemma4_export.exporter.hub import download
 
-        checkpoint = download(hub_id)
-    assert checkpoint is not None
-    with Checkpoint(checkpoint) as opened:
-        options = resolve_options(
-            opened.config,
-            model_name=_name(opened),
-            target=chosen_target,
-            recipe=chosen_recipe,
-            context=context,
-            chunk=chunk,
-        )
-        folder = out or Path(f"gemma4-{options.model_name}-{options.target.name}")
-        with BuildProgress() as progress:
+            checkpoint = download(hub_id, on_progress=functools.partial(progress, "download"))
+        assert checkpoint is not None
+        with Checkpoint(checkpoint) as opened:
+            options = resolve_options(
+                opened.config,
+                model_name=_name(opened, (hub_id or str(checkpoint.resolve())).rsplit("/", 1)[-1]),
+                target=chosen_target,
+                recipe=chosen_recipe,
+                context=context,
+                chunk=chunk,
+            )
+            folder = out or Path(f"gemma4-{options.model_name}-{options.target.name}")
             manifest = build_artifact(opened, options, folder, progress)
     _report(manifest, folder, time.monotonic() - started)
 
@@ -65,13 +66,13 @@ def _is_foreign(model: str) -> bool:
     return "/" in model and not model.lower().startswith("google/")
 
 
-def _name(checkpoint: Checkpoint) -> str:
-    """A released size by its structure, else the folder's own name."""
+def _name(checkpoint: Checkpoint, own_name: str) -> str:
+    """A released size by its structure, else what the checkpoint is called."""
     from gemma4_export.exporter.package import read_chat_template
 
     size = recognise(checkpoint.config)
     if size is None:
-        return checkpoint.folder.resolve().name
+        return own_name
     return size if read_chat_template(checkpoint.folder) else f"{size}-base"
 
 
