@@ -147,6 +147,19 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, 
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
+// Two tiles in turn take more shared memory than a kernel gets without asking.
+template <typename Real, typename Element, WeightFormat kFormat, bool kIsGateUp>
+cudaError_t launch_project(dim3 grid, cudaStream_t stream, const Element* input, const Weights& weights,
+                           const Workspace& space, int top_k, float* output) {
+  constexpr int kBytes = 2 * sizeof(ProjectStage<Element>);
+  const auto kernel = many_project<Real, Element, kFormat, kIsGateUp>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<grid, kTileThreads, kBytes, stream>>>(input, weights, space.rows, space.tiles, space.num_tiles,
+                                                 space.pair_weights, top_k, output);
+  return cudaGetLastError();
+}
+
 unsigned blocks_for(int64_t count, int per_block) { return static_cast<unsigned>((count + per_block - 1) / per_block); }
 
 template <typename Real, WeightFormat kFormat>
@@ -170,8 +183,9 @@ cudaError_t launch(const MoeSizes& sizes, const MoeTypes& types, const MoeTensor
       const size_t floats = staged_floats<kFormat>(length);
       return (floats + (kIsInt4<kFormat> ? floats / kPerChunk<kFormat> : 0)) * sizeof(float);
     };
-    few_gate_up<Real, kFormat><<<dim3(blocks_for(F, kGateUpWarps), static_cast<unsigned>(pairs)), kGateUpWarps * kWarp,
-                                 staged(E), stream>>>(hidden_states, router, gate_up, space.activated);
+    const dim3 gate_up_grid(blocks_for(F, kGateUpWarps * 2), static_cast<unsigned>(pairs));
+    few_gate_up<Real, kFormat><<<gate_up_grid, kGateUpWarps * kWarp, staged(E), stream>>>(hidden_states, router,
+                                                                                          gate_up, space.activated);
     cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
     return launch_early(few_down<Real, kFormat>,
@@ -179,7 +193,8 @@ cudaError_t launch(const MoeSizes& sizes, const MoeTypes& types, const MoeTensor
                         kDownWarps * kWarp, staged(top_k * F), stream, router, down, space.activated, output);
   }
 
-  route_tokens<<<static_cast<unsigned>(sizes.num_tokens), 128, 0, stream>>>(router, space.experts, space.pair_weights);
+  route_tokens<<<blocks_for(sizes.num_tokens, kRouteWarps), kRouteWarps * kWarp, 0, stream>>>(
+      router, sizes.num_tokens, space.experts, space.pair_weights);
   if (path == MoePath::kNaive) {
     naive_gate_up<Real, kFormat><<<blocks_for(pairs * F, 256), 256, 0, stream>>>(
         hidden_states, gate_up, space.experts, space.pair_weights, top_k, pairs * F, space.activated);
@@ -189,12 +204,13 @@ cudaError_t launch(const MoeSizes& sizes, const MoeTypes& types, const MoeTensor
   }
   group_rows<<<1, 1024, 0, stream>>>(space.experts, static_cast<int>(pairs), router.num_experts, space.rows,
                                      space.tiles, space.num_tiles);
-  const unsigned tiles = static_cast<unsigned>(max_tiles(sizes));
-  many_project<Real, Real, kFormat, true>
-      <<<dim3(blocks_for(F, kTileColumns / 2), tiles), kTileThreads, 0, stream>>>(
-          hidden_states, gate_up, space.rows, space.tiles, space.num_tiles, space.pair_weights, top_k, space.activated);
-  many_project<Real, float, kFormat, false><<<dim3(blocks_for(E, kTileColumns), tiles), kTileThreads, 0, stream>>>(
-      space.activated, down, space.rows, space.tiles, space.num_tiles, nullptr, top_k, space.partial);
+  const auto tiles = static_cast<unsigned>(max_tiles(sizes));
+  cudaError_t error = launch_project<Real, Real, kFormat, true>(
+      dim3(blocks_for(F, kTileColumns / 2), tiles), stream, hidden_states, gate_up, space, top_k, space.activated);
+  if (error != cudaSuccess) return error;
+  error = launch_project<Real, float, kFormat, false>(dim3(blocks_for(E, kTileColumns), tiles), stream,
+                                                      space.activated, down, space, top_k, space.partial);
+  if (error != cudaSuccess) return error;
   add_experts<Real><<<blocks_for(sizes.num_tokens * E / 4, 256), 256, 0, stream>>>(space.partial, E, top_k,
                                                                                    sizes.num_tokens * E, output);
   return cudaGetLastError();
