@@ -23,7 +23,9 @@ from oracle import find_greedy_prompt, oracle
 from tiny import STRUCTURES
 
 from gemma4_export.configs.artifact import Artifact
+from gemma4_export.configs.errors import ContractError
 from gemma4_export.configs.manifest import MANIFEST_NAME
+from gemma4_export.exporter.build import GLOBAL_BUCKET
 from gemma4_export.exporter.checkpoint import Checkpoint
 from gemma4_export.runtime import Gemma4
 
@@ -50,6 +52,8 @@ def test_forward_equals_transformers_over_three_buffers(structure, chunk):
     assert want.difference(runtime.forward(want.ids, cache=cache)) <= want.bound
     assert cache.length == len(want.ids)
     assert cache.num_compactions >= 2
+    # Three buffers of tokens went through, and it is still one buffer (and one bucket of the global caches).
+    assert cache.num_bytes == runtime.artifact.manifest.kv.num_bytes(GLOBAL_BUCKET)
 
 
 @every_chunk
@@ -135,6 +139,18 @@ def test_two_sequences_take_turns():
         if start < 30:
             assert want.difference(runtime.forward(part, cache=second), start) <= want.bound
     assert (first.length, second.length) == (PROMPT_LENGTH, 30)
+
+
+def test_a_prompt_past_the_context_is_refused_and_the_cache_goes_on():
+    runtime, want = model("e2b", context=40, fresh_trace=False), expected("e2b")
+    cache = runtime.new_cache()
+    runtime.forward(want.ids[:30], cache=cache)
+    with pytest.raises(ContractError, match=r"30 \+ 11 tokens do not fit the context of 40"):
+        runtime.forward(want.ids[30:41], cache=cache)  # two calls, of which the first would fit
+    assert cache.length == 30
+    assert want.difference(runtime.forward(want.ids[30:40], cache=cache), start=30) <= want.bound
+    with pytest.raises(ContractError, match=r"40 \+ 1 tokens do not fit the context of 40"):
+        runtime.forward(want.ids[40:41], cache=cache)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
