@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_export.configs.errors import ConfigError
-from gemma4_export.configs.manifest import FileEntry
+from gemma4_export.configs.manifest import LOCK_NAME, FileEntry
 
 TOKENIZER_FOLDER = "tokenizer"
 _REQUIRED = ("tokenizer.json", "generation_config.json")
@@ -22,7 +22,6 @@ _OPTIONAL = (
     "processor_config.json",
     "preprocessor_config.json",
 )
-_LOCK = ".gemma4-export.lock"
 
 
 @contextlib.contextmanager
@@ -37,8 +36,8 @@ def partial_folder(out: Path) -> Iterator[Path]:
     if out.exists():
         raise ConfigError(f"{out}: exists already", hint=f"give another --out, or remove it: rm -r {out}")
     work = out.with_name(out.name + ".partial")
-    lock = work / _LOCK
-    if work.exists() and not lock.is_file():
+    lock = work / LOCK_NAME
+    if work.exists() and not lock.is_file() and (not work.is_dir() or any(work.iterdir())):
         raise ConfigError(f"{work}: exists and was not made by gemma4-export", hint="give another --out")
     work.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as handle:
@@ -56,8 +55,9 @@ def partial_folder(out: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(work)
             raise
-        lock.unlink()
+        # Until the lock goes nobody loads the folder, whatever happens in between.
         work.rename(out)
+        (out / LOCK_NAME).unlink()
 
 
 def copy_tokenizer(checkpoint: Path, work: Path, *, vocab_size: int) -> bool:
@@ -90,7 +90,10 @@ def read_chat_template(checkpoint: Path) -> str | None:
     """The checkpoint's chat template: its own file, or, as older transformers saved it, in tokenizer_config.json."""
     template, config = checkpoint / "chat_template.jinja", checkpoint / "tokenizer_config.json"
     if template.is_file():
-        return template.read_bytes().decode()
+        try:
+            return template.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{template.name}: not UTF-8 ({error.reason})", hint="download it again") from error
     inline = _read_json(config).get("chat_template") if config.is_file() else None
     return inline if isinstance(inline, str) else None
 
@@ -100,7 +103,7 @@ def hash_files(work: Path, known: dict[str, FileEntry]) -> dict[str, FileEntry]:
     entries = dict(known)
     for path in sorted(work.rglob("*")):
         name = path.relative_to(work).as_posix()
-        if path.is_file() and name != _LOCK and name not in entries:
+        if path.is_file() and name != LOCK_NAME and name not in entries:
             entries[name] = hash_file(path)
     return entries
 
@@ -131,8 +134,10 @@ def _highest_id(path: Path) -> int:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name}: not JSON ({error})", hint="download it again") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path.name}: expected a JSON object, found {type(value).__name__}")
+        raise ConfigError(
+            f"{path.name}: expected a JSON object, found {type(value).__name__}", hint="download it again"
+        )
     return value

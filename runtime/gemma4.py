@@ -180,8 +180,8 @@ class Gemma4:
         )
 
     def _stream_ids(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
-        if max_new_tokens < 1:
-            raise ContractError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ContractError(f"max_new_tokens: expected an integer of at least 1, found {max_new_tokens}")
         if len(ids) >= self.context:
             raise ContractError(
                 f"the prompt has {len(ids)} tokens, the context {self.context}, and the answer needs one at least",
