@@ -147,19 +147,6 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, 
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
-// Two tiles in turn take more shared memory than a kernel gets without asking.
-template <typename Real, typename Element, WeightFormat kFormat, bool kIsGateUp>
-cudaError_t launch_project(dim3 grid, cudaStream_t stream, const Element* input, const Weights& weights,
-                           const Workspace& space, int top_k, float* output) {
-  constexpr int kBytes = 2 * sizeof(ProjectStage<Element>);
-  const auto kernel = many_project<Real, Element, kFormat, kIsGateUp>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<grid, kTileThreads, kBytes, stream>>>(input, weights, space.rows, space.tiles, space.num_tiles,
-                                                 space.pair_weights, top_k, output);
-  return cudaGetLastError();
-}
-
 unsigned blocks_for(int64_t count, int per_block) { return static_cast<unsigned>((count + per_block - 1) / per_block); }
 
 template <typename Real, WeightFormat kFormat>
@@ -204,13 +191,12 @@ cudaError_t launch(const MoeSizes& sizes, const MoeTypes& types, const MoeTensor
   }
   group_rows<<<1, 1024, 0, stream>>>(space.experts, static_cast<int>(pairs), router.num_experts, space.rows,
                                      space.tiles, space.num_tiles);
-  const auto tiles = static_cast<unsigned>(max_tiles(sizes));
-  cudaError_t error = launch_project<Real, Real, kFormat, true>(
-      dim3(blocks_for(F, kTileColumns / 2), tiles), stream, hidden_states, gate_up, space, top_k, space.activated);
-  if (error != cudaSuccess) return error;
-  error = launch_project<Real, float, kFormat, false>(dim3(blocks_for(E, kTileColumns), tiles), stream,
-                                                      space.activated, down, space, top_k, space.partial);
-  if (error != cudaSuccess) return error;
+  const unsigned tiles = static_cast<unsigned>(max_tiles(sizes));
+  many_project<Real, Real, kFormat, true>
+      <<<dim3(blocks_for(F, kTileColumns / 2), tiles), kTileThreads, 0, stream>>>(
+          hidden_states, gate_up, space.rows, space.tiles, space.num_tiles, space.pair_weights, top_k, space.activated);
+  many_project<Real, float, kFormat, false><<<dim3(blocks_for(E, kTileColumns), tiles), kTileThreads, 0, stream>>>(
+      space.activated, down, space.rows, space.tiles, space.num_tiles, nullptr, top_k, space.partial);
   add_experts<Real><<<blocks_for(sizes.num_tokens * E / 4, 256), 256, 0, stream>>>(space.partial, E, top_k,
                                                                                    sizes.num_tokens * E, output);
   return cudaGetLastError();

@@ -1,5 +1,5 @@
-// Version 3 of the Gemma4MoE kernel, many tokens: one matrix product per expert over the rows routed to it, 128 rows
-// at a time, on tensor cores; each pair's output is kept apart and added in a fixed order.
+// Version 3 of the Gemma4MoE kernel, many tokens: one matrix product per expert over the rows routed to it, 64 rows at
+// a time, on tensor cores; each pair's output is kept apart and added in a fixed order.
 #pragma once
 
 #include <algorithm>
@@ -9,22 +9,12 @@
 namespace gemma4 {
 namespace {
 
-constexpr int kTileRows = 128;          // pairs
-constexpr int kTileColumns = 128;       // weight rows
-constexpr int kTileWords = 32;          // 4-byte words along K: 64 16-bit or 32 tf32 numbers
+constexpr int kTileRows = 64;      // pairs
+constexpr int kTileColumns = 128;  // weight rows
+constexpr int kTileWords = 32;     // 4-byte words along K: 64 16-bit or 32 tf32 numbers
 constexpr int kPitch = kTileWords + 4;  // words; the 8 rows x 4 words of a fragment then hit 32 different banks
-constexpr int kTileThreads = 256;
+constexpr int kTileThreads = 128;
 constexpr int kScaleGroup = 32;  // the smallest int4 block: sums of 32 products are scaled
-
-// What one step along K needs in shared memory. Two of them: one is multiplied while the other is filled.
-template <typename Element>
-struct ProjectStage {
-  static constexpr int kTileK = kTileWords * 4 / sizeof(Element);
-  static constexpr int kGroups = kTileK / kScaleGroup;
-  uint32_t input[kTileRows][kPitch];
-  uint32_t weights[kTileColumns][kPitch];
-  float scales[kGroups][kTileColumns];
-};
 
 struct Tile {
   int expert;
@@ -32,8 +22,8 @@ struct Tile {
   int count;
 };
 
-// rows: all pairs, those of expert 0 first; tiles: runs of at most 128 rows of one expert. One block. Where in its run
-// a pair lands depends on timing, but no result depends on where: rows of a tile never mix.
+// rows: all pairs, those of expert 0 first; tiles: runs of at most 64 rows of one expert. One block. Where in its run a
+// pair lands depends on timing, but no result depends on where: rows of a tile never mix.
 __global__ void group_rows(const int* experts, int num_pairs, int num_experts, int* rows, Tile* tiles, int* num_tiles) {
   __shared__ int counts[kMaxExperts];
   __shared__ int cursors[kMaxExperts];
@@ -115,10 +105,10 @@ __device__ void unpack_chunk(const uint4& chunk, uint32_t* words) {
 // sums[16 x 8] += a[16 x 8 words] * b[8 words x 8]; a word is two 16-bit numbers or one tf32.
 template <typename Element>
 __device__ void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#define GEMMA4_MMA(kind)                                                                      \
-  asm("mma.sync.aligned." kind " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"       \
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                            \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define GEMMA4_MMA(kind)                                                                                       \
+  asm volatile("mma.sync.aligned." kind " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"               \
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (std::is_same_v<Element, __half>) {
     GEMMA4_MMA("m16n8k16.row.col.f32.f16.f16.f32");
   } else if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
@@ -135,198 +125,177 @@ __device__ float round_to_tf32(float x) {
   return __uint_as_float(bits);
 }
 
-// One tile of one expert: [128 rows, K] x [128 weight rows, K]^T. With kIsGateUp the weight rows alternate, 8 gate rows
+// One tile of one expert: [64 rows, K] x [128 weight rows, K]^T. With kIsGateUp the weight rows alternate, 8 gate rows
 // and their 8 up rows, so that a thread holds both halves of its elements; Element is Real, the input hidden_states.
-// Otherwise Element is float (tf32), the input `activated`. Eight warps, each 64 rows x 32 columns, in fragments of
-// 16 x 8; those of rows beyond the tile's count are skipped, for most experts get far fewer than 128 tokens.
+// Otherwise Element is float (tf32), the input `activated`. Four warps, each 32 rows x 64 columns.
 template <typename Real, typename Element, WeightFormat kFormat, bool kIsGateUp>
 __global__ void __launch_bounds__(kTileThreads)
     many_project(const Element* input, Weights weights, const int* rows, const Tile* tiles, const int* num_tiles,
                  const float* pair_weights, int top_k, float* output) {
-  using Stage = ProjectStage<Element>;
   constexpr int kPerWord = sizeof(uint32_t) / sizeof(Element);
-  constexpr int kSteps = kTileWords / 8 / Stage::kGroups;  // mma steps per scale group
-  constexpr int kQuadsPerRow = kTileWords / 4;             // 16 bytes of input each
-  constexpr int kQuads = kTileRows * kQuadsPerRow / kTileThreads;
-  constexpr int kChunksPerRow = Stage::kTileK / kPerChunk<kFormat>;
-  constexpr int kAllChunks = kTileColumns * kChunksPerRow;
-  constexpr int kChunks = (kAllChunks + kTileThreads - 1) / kTileThreads;
+  constexpr int kTileK = kTileWords * kPerWord;
+  constexpr int kGroups = kTileK / kScaleGroup;                        // scale groups per tile
+  constexpr int kStepsPerGroup = kTileWords / 8 / kGroups;             // mma steps per scale group
+  constexpr int kChunksPerRow = kTileK / kPerChunk<kFormat>;
+  constexpr int kChunks = kTileColumns * kChunksPerRow / kTileThreads; // weight chunks per thread
   constexpr int kWordsPerChunk = kPerChunk<kFormat> / kPerWord;
-  constexpr int kRowFragments = 4, kColumnFragments = 4;
+  constexpr int kInputQuads = kTileRows * kTileWords / 4 / kTileThreads;
+  constexpr int kInputPerQuad = 4 * kPerWord;
 
-  extern __shared__ float4 shared[];
-  Stage* stages = reinterpret_cast<Stage*>(shared);
+  __shared__ __align__(16) uint32_t input_tile[kTileRows][kPitch];
+  __shared__ __align__(16) uint32_t weight_tile[kTileColumns][kPitch];
+  __shared__ float scale_tile[kGroups][kTileColumns];
   __shared__ int tile_rows[kTileRows];
 
   if (blockIdx.y >= *num_tiles) return;
   const Tile tile = tiles[blockIdx.y];
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int group_id = lane / 4, in_group = lane % 4;  // the mma fragments' coordinates
-  const int num_f = weights.rows / 2, K = weights.k;
-
-  // Rows and columns beyond the tile repeat the last one: they are multiplied at most, never written.
-  if (thread < kTileRows) tile_rows[thread] = rows[tile.first + min(thread, tile.count - 1)];
+  if (thread < kTileRows) tile_rows[thread] = thread < tile.count ? rows[tile.first + thread] : -1;
   __syncthreads();
-  const auto weight_row = [&](int c) {
-    int row;
+
+  // The weight row of column c of this tile, -1 beyond the matrix.
+  const int num_f = weights.rows / 2;
+  const auto weight_row = [&](int c) -> int64_t {
+    const int64_t base = int64_t{tile.expert} * weights.rows;
     if constexpr (kIsGateUp) {
-      const int f = min(static_cast<int>(blockIdx.x) * (kTileColumns / 2) + c / 16 * 8 + c % 8, num_f - 1);
-      row = f + (c % 16 < 8 ? 0 : num_f);
+      const int f = blockIdx.x * (kTileColumns / 2) + c / 16 * 8 + c % 8;
+      return f < num_f ? base + f + (c % 16 < 8 ? 0 : num_f) : -1;
     } else {
-      row = min(static_cast<int>(blockIdx.x) * kTileColumns + c, weights.rows - 1);
+      const int e = blockIdx.x * kTileColumns + c;
+      return e < weights.rows ? base + e : -1;
     }
-    return int64_t{tile.expert} * weights.rows + row;
   };
 
-  // Each thread always fetches the same columns of the same rows, k0 further on.
-  const Element* inputs[kQuads];
-  const uint4* chunks[kChunks];
-  const int input_k = thread % kQuadsPerRow * 4 * kPerWord;
-  const int chunk_k = thread % kChunksPerRow * kPerChunk<kFormat>;
-#pragma unroll
-  for (int i = 0; i < kQuads; ++i) {
-    const int pair = tile_rows[(i * kTileThreads + thread) / kQuadsPerRow];
-    inputs[i] = input + int64_t{kIsGateUp ? pair / top_k : pair} * K + input_k;
-  }
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const int c = min((i * kTileThreads + thread) / kChunksPerRow, kTileColumns - 1);
-    chunks[i] = static_cast<const uint4*>(weights.values) + (weight_row(c) * K + chunk_k) / kPerChunk<kFormat>;
-  }
-  const int64_t scale_row = weight_row(thread % kTileColumns) * K;
-
-  uint4 next_input[kQuads];
-  uint4 next_chunks[kChunks];
-  __half next_scales[Stage::kGroups];
+  uint4 next_input[kInputQuads];
+  uint4 next_weights[kChunks];
+  float next_scales[kGroups];
+  const uint4 kZero = make_uint4(0, 0, 0, 0);
   const auto fetch = [&](int k0) {
-    const uint4 zero = make_uint4(0, 0, 0, 0);
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      next_input[i] = k0 + input_k < K ? *reinterpret_cast<const uint4*>(inputs[i] + k0) : zero;
+    for (int i = 0; i < kInputQuads; ++i) {
+      const int index = i * kTileThreads + thread, r = index / (kTileWords / 4);
+      const int k = k0 + index % (kTileWords / 4) * kInputPerQuad;
+      const int pair = tile_rows[r];
+      const int64_t row = kIsGateUp ? pair / top_k : pair;
+      next_input[i] = pair >= 0 && k < weights.k
+                          ? *reinterpret_cast<const uint4*>(input + row * weights.k + k)
+                          : kZero;
     }
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      next_chunks[i] = k0 + chunk_k < K ? chunks[i][k0 / kPerChunk<kFormat>] : zero;
+      const int index = i * kTileThreads + thread;
+      const int64_t row = weight_row(index / kChunksPerRow);
+      const int k = k0 + index % kChunksPerRow * kPerChunk<kFormat>;
+      next_weights[i] = row >= 0 && k < weights.k ? static_cast<const uint4*>(
+                                                        weights.values)[(row * weights.k + k) / kPerChunk<kFormat>]
+                                                  : kZero;
     }
     if constexpr (kIsInt4<kFormat>) {
+      const int64_t row = weight_row(thread);
 #pragma unroll
-      for (int g = 0; g < Stage::kGroups; ++g) {
-        const int k = min(k0 + g * kScaleGroup, K - 1);
-        next_scales[g] = static_cast<const __half*>(weights.scales)[(scale_row + k) >> weights.block_shift];
+      for (int g = 0; g < kGroups; ++g) {
+        const int k = k0 + g * kScaleGroup;
+        next_scales[g] = row >= 0 && k < weights.k ? __half2float(static_cast<const __half*>(
+                                                         weights.scales)[(row * weights.k + k) >> weights.block_shift])
+                                                   : 0.0f;
       }
     }
   };
-  const auto put = [&](Stage& stage) {
+  const auto put = [&] {
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
+    for (int i = 0; i < kInputQuads; ++i) {
       const int index = i * kTileThreads + thread;
-      *reinterpret_cast<uint4*>(&stage.input[index / kQuadsPerRow][index % kQuadsPerRow * 4]) = next_input[i];
+      *reinterpret_cast<uint4*>(&input_tile[index / (kTileWords / 4)][index % (kTileWords / 4) * 4]) = next_input[i];
     }
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int index = i * kTileThreads + thread;
-      if (kAllChunks % kTileThreads != 0 && index >= kAllChunks) break;
       uint32_t words[kWordsPerChunk];
-      unpack_chunk<Real, Element, kFormat>(next_chunks[i], words);
-      uint32_t* to = &stage.weights[index / kChunksPerRow][index % kChunksPerRow * kWordsPerChunk];
+      unpack_chunk<Real, Element, kFormat>(next_weights[i], words);
+      uint32_t* to = &weight_tile[index / kChunksPerRow][index % kChunksPerRow * kWordsPerChunk];
 #pragma unroll
       for (int w = 0; w < kWordsPerChunk; w += 4) {
         *reinterpret_cast<uint4*>(to + w) = make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]);
       }
     }
     if constexpr (kIsInt4<kFormat>) {
-      if (thread < kTileColumns) {
 #pragma unroll
-        for (int g = 0; g < Stage::kGroups; ++g) stage.scales[g][thread] = __half2float(next_scales[g]);
-      }
+      for (int g = 0; g < kGroups; ++g) scale_tile[g][thread] = next_scales[g];
     }
   };
 
-  const int first_row = warp / 4 * 64, first_column = warp % 4 * 32;
-  const int row_fragments = min(kRowFragments, (tile.count - first_row + 15) / 16);  // negative: none
-  float sums[kRowFragments][kColumnFragments][4] = {};
-  const auto multiply_stage = [&](const Stage& stage) {
-#pragma unroll 1  // half the registers for a
-    for (int g = 0; g < Stage::kGroups; ++g) {
-      uint32_t a[kRowFragments][kSteps][4];
+  const int first_row = warp / 2 * 32, first_column = warp % 2 * 64;
+  float sums[2][8][4] = {};
+  fetch(0);
+  for (int k0 = 0; k0 < weights.k; k0 += kTileK) {
+    __syncthreads();
+    put();
+    __syncthreads();
+    if (k0 + kTileK < weights.k) fetch(k0 + kTileK);  // in flight while this tile is multiplied
 #pragma unroll
-      for (int m = 0; m < kRowFragments; ++m) {
-        if (m >= row_fragments) continue;
+    for (int g = 0; g < kGroups; ++g) {
+      uint32_t a[2][kStepsPerGroup][4];
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-          const int word = (g * kSteps + s) * 8 + in_group, r = first_row + m * 16 + group_id;
-          a[m][s][0] = stage.input[r][word];
-          a[m][s][1] = stage.input[r + 8][word];
-          a[m][s][2] = stage.input[r][word + 4];
-          a[m][s][3] = stage.input[r + 8][word + 4];
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int s = 0; s < kStepsPerGroup; ++s) {
+          const int word = (g * kStepsPerGroup + s) * 8 + in_group, r = first_row + m * 16 + group_id;
+          a[m][s][0] = input_tile[r][word];
+          a[m][s][1] = input_tile[r + 8][word];
+          a[m][s][2] = input_tile[r][word + 4];
+          a[m][s][3] = input_tile[r + 8][word + 4];
         }
       }
 #pragma unroll
-      for (int n = 0; n < kColumnFragments; ++n) {
-        const int c = first_column + n * 8;
-        uint32_t b[kSteps][2];
+      for (int n = 0; n < 8; ++n) {
+        float group_sums[2][4] = {};
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-          const int word = (g * kSteps + s) * 8 + in_group;
-          b[s][0] = stage.weights[c + group_id][word];
-          b[s][1] = stage.weights[c + group_id][word + 4];
+        for (int s = 0; s < kStepsPerGroup; ++s) {
+          const int word = (g * kStepsPerGroup + s) * 8 + in_group, c = first_column + n * 8 + group_id;
+          const uint32_t b[2] = {weight_tile[c][word], weight_tile[c][word + 4]};
+#pragma unroll
+          for (int m = 0; m < 2; ++m) multiply<Element>(kIsInt4<kFormat> ? group_sums[m] : sums[m][n], a[m][s], b);
         }
-        float2 scales = make_float2(1.0f, 1.0f);
-        if constexpr (kIsInt4<kFormat>) scales = *reinterpret_cast<const float2*>(&stage.scales[g][c + in_group * 2]);
+        if constexpr (kIsInt4<kFormat>) {
+          const int c = first_column + n * 8 + in_group * 2;
+          const float scales[2] = {scale_tile[g][c], scale_tile[g][c + 1]};
 #pragma unroll
-        for (int m = 0; m < kRowFragments; ++m) {
-          if (m >= row_fragments) continue;
-          float group_sums[4] = {};
+          for (int m = 0; m < 2; ++m) {
 #pragma unroll
-          for (int s = 0; s < kSteps; ++s) multiply<Element>(kIsInt4<kFormat> ? group_sums : sums[m][n], a[m][s], b[s]);
-          if constexpr (kIsInt4<kFormat>) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              sums[m][n][i] = fmaf(group_sums[i], i % 2 ? scales.y : scales.x, sums[m][n][i]);
-            }
+            for (int i = 0; i < 4; ++i) sums[m][n][i] = fmaf(group_sums[m][i], scales[i % 2], sums[m][n][i]);
           }
         }
       }
     }
-  };
-
-  fetch(0);
-  put(stages[0]);
-  __syncthreads();
-  for (int k0 = 0, turn = 0; k0 < K; k0 += Stage::kTileK, turn ^= 1) {
-    const bool has_next = k0 + Stage::kTileK < K;
-    if (has_next) fetch(k0 + Stage::kTileK);  // in flight while this stage is multiplied
-    multiply_stage(stages[turn]);
-    if (has_next) put(stages[turn ^ 1]);  // nobody reads that one: all passed the barrier after multiplying it
-    __syncthreads();
   }
 
   const auto row_scale = [&](int c) {
-    return kFormat == WeightFormat::kInt8 ? static_cast<const float*>(weights.scales)[weight_row(c)] : 1.0f;
+    if constexpr (kFormat != WeightFormat::kInt8) return 1.0f;
+    const int64_t row = weight_row(c);
+    return row >= 0 ? static_cast<const float*>(weights.scales)[row] : 0.0f;
   };
 #pragma unroll
-  for (int n = 0; n < kColumnFragments; n += kIsGateUp ? 2 : 1) {
+  for (int n = 0; n < 8; n += kIsGateUp ? 2 : 1) {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const int c = first_column + n * 8 + in_group * 2 + side;
-      const int tile_columns = kIsGateUp ? kTileColumns / 2 : kTileColumns;
-      const int column = blockIdx.x * tile_columns + (kIsGateUp ? c / 16 * 8 + c % 8 : c);
-      const int columns = kIsGateUp ? num_f : weights.rows;
-      if (column >= columns) continue;
-      const float scale = row_scale(c), up_scale = kIsGateUp ? row_scale(c + 8) : 0.0f;
+      if (weight_row(c) < 0) continue;
+      const float scale = row_scale(c);
 #pragma unroll
-      for (int m = 0; m < kRowFragments; ++m) {
+      for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int r = first_row + m * 16 + half * 8 + group_id;
-          if (r >= tile.count) continue;
-          const int64_t pair = tile_rows[r];
-          float result = sums[m][n][half * 2 + side] * scale;
+          const int pair = tile_rows[first_row + m * 16 + half * 8 + group_id];
+          if (pair < 0) continue;
+          const float sum = sums[m][n][half * 2 + side] * scale;
           if constexpr (kIsGateUp) {
-            const float up = sums[m][n + 1][half * 2 + side] * up_scale;
-            result = round_to_tf32(pair_weights[pair] * (gelu_tanh(result) * up));
+            const int f = blockIdx.x * (kTileColumns / 2) + c / 16 * 8 + c % 8;
+            const float up = sums[m][n + 1][half * 2 + side] * row_scale(c + 8);
+            output[int64_t{pair} * num_f + f] = round_to_tf32(pair_weights[pair] * (gelu_tanh(sum) * up));
+          } else {
+            output[int64_t{pair} * weights.rows + blockIdx.x * kTileColumns + c] = sum;
           }
-          output[pair * columns + column] = result;
         }
       }
     }
