@@ -18,22 +18,24 @@ from gemma4_export.exporter.weights import PlacedWeight
 GRAPHS_FOLDER = "graphs"
 
 
+def ort_cpu_passes(placed: Mapping[str, PlacedWeight]) -> list[ir.passes.InPlacePass]:
+    """The passes of the ``ort-cpu`` lowering, in order; running any of them again changes nothing."""
+    return [
+        Tidy(),
+        StaticReshapes(),
+        UnitNorms(),
+        LowerLinear(),
+        LowerAttention(),
+        LowerMoE(),
+        Tidy(),
+        # Last: folding constants must never see, let alone widen, the weights themselves.
+        PlaceInitializers(placed, graph_folder=GRAPHS_FOLDER),
+    ]
+
+
 def lower_ort_cpu(model: ir.Model, placed: Mapping[str, PlacedWeight]) -> ir.Model:
     """onnxruntime's CPU provider, computing in float32 with its built-in kernels. ``model`` is consumed."""
-    passes = ir.passes.PassManager(
-        [
-            Tidy(),
-            StaticReshapes(),
-            UnitNorms(),
-            LowerLinear(),
-            LowerAttention(),
-            LowerMoE(),
-            Tidy(),
-            # Last: folding constants must never see, let alone widen, the weights themselves.
-            PlaceInitializers(placed, graph_folder=GRAPHS_FOLDER),
-        ]
-    )
-    lowered = passes(model).model
+    lowered = ir.passes.PassManager(ort_cpu_passes(placed))(model).model
     left = sorted({node.op_type for node in lowered.graph if node.domain == "gemma4"})
     assert not left, f"semantic ops not lowered: {left}"
     return lowered

@@ -27,27 +27,39 @@ class PlaceInitializers(ir.passes.InPlacePass):
             if not value.uses():
                 del graph.initializers[name]  # e.g. fused experts, once each expert is an initialiser of its own
                 modified = True
-            else:
-                self._place(value, self.placed[name], order)
+                continue
+            tensor = self._external(name)
+            if not _same_bytes(value.const_value, tensor):
+                _place(value, tensor, order)
                 modified = True
         return ir.passes.PassResult(model, modified)
 
-    def _place(self, value: ir.Value, weight: PlacedWeight, order: Mapping[ir.Node, int]) -> None:
-        name, dtype = str(value.name), _DTYPES[weight.format]
-        tensor = ir.ExternalTensor(
+    def _external(self, name: str) -> ir.ExternalTensor:
+        weight = self.placed[name]
+        return ir.ExternalTensor(
             Path(weight.file).relative_to(self.graph_folder).as_posix(),
             weight.offset,
             weight.num_bytes,
-            dtype,
+            _DTYPES[weight.format],
             shape=ir.Shape(weight.shape),
             name=name,
         )
-        uses = value.uses()
-        value.const_value, value.shape = tensor, ir.Shape(weight.shape)
-        value.type = ir.TensorType(dtype)
-        if dtype != ir.DataType.FLOAT:
-            op = NodeBuilder()
-            widened = op("Cast", value, to=ir.DataType.FLOAT)
-            op.insert_before(min((node for node, _ in uses), key=order.__getitem__))
-            for node, index in uses:
-                node.replace_input_with(index, widened)
+
+
+def _same_bytes(found: ir.TensorProtocol | None, wanted: ir.ExternalTensor) -> bool:
+    def place(tensor: ir.ExternalTensor) -> tuple[object, ...]:
+        return tensor.location, tensor.offset, tensor.length, tensor.dtype
+
+    return isinstance(found, ir.ExternalTensor) and place(found) == place(wanted)
+
+
+def _place(value: ir.Value, tensor: ir.ExternalTensor, order: Mapping[ir.Node, int]) -> None:
+    uses = value.uses()
+    value.const_value, value.shape = tensor, ir.Shape(tensor.shape)
+    value.type = ir.TensorType(tensor.dtype)
+    if tensor.dtype != ir.DataType.FLOAT:
+        op = NodeBuilder()
+        widened = op("Cast", value, to=ir.DataType.FLOAT)
+        op.insert_before(min((node for node, _ in uses), key=order.__getitem__))
+        for node, index in uses:
+            node.replace_input_with(index, widened)
