@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from gemma4_export.configs.errors import ArtifactError
-from gemma4_export.configs.manifest import MANIFEST_NAME, FileEntry, Manifest
+from gemma4_export.configs.manifest import LOCK_NAME, MANIFEST_NAME, FileEntry, Manifest
 
 # Hashing runs at about 2 GB/s: files up to this size cost load at most 30 ms each, weights can take minutes.
 SMALL_FILE_BYTES = 64 << 20
@@ -33,12 +33,11 @@ class Artifact:
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
+        if (folder / LOCK_NAME).exists():
+            raise ArtifactError(f"{folder}: its build has not finished", hint="wait for it, or run it again")
         if not path.is_file():
             cause = "no manifest.json in it" if folder.is_dir() else "no such folder"
-            hint = "an artifact is a folder that gemma4-export build wrote"
-            if folder.name.endswith(".partial"):
-                hint = "this build did not finish; run it again"
-            raise ArtifactError(f"{folder}: {cause}", hint=hint)
+            raise ArtifactError(f"{folder}: {cause}", hint="an artifact is a folder that gemma4-export build wrote")
         try:
             manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:

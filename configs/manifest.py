@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.configs.formats import WeightFormat
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
+LOCK_NAME = ".gemma4-export.lock"
+"""Lies in a folder as long as it is being built, and for good when that build was killed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,15 @@ class TableEntry:
     rows: int
     columns: int
     scale: float
+
+    @property
+    def end(self) -> int:
+        """Offset of the byte behind the last value, code or scale."""
+        end = self.offset + self.rows * WeightFormat.parse(self.format).row_bytes(self.columns)
+        if self.scales is not None:
+            item = 2 if self.scales.dtype == "float16" else 4
+            end = max(end, self.scales.offset + self.rows * self.scales.per_row * item)
+        return end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +194,7 @@ class Manifest:
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{MANIFEST_NAME}: not JSON ({error})", hint=_REBUILD) from error
         found = values.get("format") if isinstance(values, dict) else None
         if found != FORMAT:
@@ -198,6 +211,7 @@ class Manifest:
             check_inside(path)
             if path not in manifest.files:
                 raise ArtifactError(f"{MANIFEST_NAME}: {path} is used but not listed under files", hint=_REBUILD)
+        _check_numbers(manifest)
         return manifest
 
 
@@ -207,11 +221,44 @@ _REBUILD = "the folder is damaged; build it again with gemma4-export build"
 def check_inside(path: str) -> None:
     """Raise ArtifactError unless ``path`` stays inside the artifact folder."""
     pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or pure.as_posix() != path:
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in path or pure.as_posix() != path:
         raise ArtifactError(
             f"{MANIFEST_NAME}: {path!r} is not a path inside the artifact",
             hint="do not use this folder: its manifest was not written by gemma4-export",
         )
+
+
+def _check_numbers(manifest: Manifest) -> None:
+    """Raise ArtifactError where two entries contradict each other, before a buffer is sized by one of them."""
+    model, kv, context, chunk = manifest.model, manifest.kv, manifest.context, manifest.chunk
+    slots = 0 if kv.sliding_window is None else kv.sliding_window - 1 + chunk
+    promises = [
+        ("decoder" in manifest.graphs, "graphs: no decoder"),
+        (1 <= chunk <= context, f"chunk {chunk} of context {context}: expected 1 <= chunk <= context"),
+        (kv.sliding_window != 0 and kv.global_bucket > 0, "kv: sliding_window and global_bucket must be above 0"),
+        (
+            kv.sliding_slots == slots,
+            f"kv.sliding_slots {kv.sliding_slots}: expected {slots}, sliding_window - 1 + chunk",
+        ),
+    ]
+    tables = {
+        "embed_tokens": (manifest.embed_tokens, model.hidden_size),
+        "embed_tokens_per_layer": (
+            manifest.embed_tokens_per_layer,
+            model.num_layers * model.hidden_size_per_layer_input,
+        ),
+    }
+    rows = manifest.embed_tokens.rows
+    promises.append((rows == model.vocab_size, f"embed_tokens: {rows} rows, expected {model.vocab_size} (model)"))
+    for name, (table, columns) in tables.items():
+        found = 0 if table is None else table.columns
+        promises.append((found == columns, f"{name}: {found} columns, expected {columns} (model)"))
+        if table is not None:
+            end, size = table.end, manifest.files[table.file].bytes
+            promises.append((end <= size, f"{name}: ends at byte {end} of {table.file}, which has {size}"))
+    for holds, cause in promises:
+        if not holds:
+            raise ArtifactError(f"{MANIFEST_NAME}: {cause}", hint=_REBUILD)
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
@@ -232,7 +279,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
             state = "unknown" if wrong[0] in value else "missing"
             raise ArtifactError(f"{where}: key {wrong[0]!r} is {state}", hint=_REBUILD)
         return kind(**{key: _parse(hint, value[key], f"{where}.{key}") for key, hint in hints.items()})  # type: ignore[operator]
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if kind in (int, str, bool) and type(value) is kind and not (kind is int and value < 0):
         return value

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma4_export.configs.errors import ConfigError
-from gemma4_export.configs.toml import check_keys, load_named, names_in
+from gemma4_export.configs.toml import check_keys, load_named
 
 BACKENDS = ("ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx")
+BUILT_BACKEND = "ort-cpu"
+"""The only one that this version lowers to and runs."""
 _FOLDER = Path(__file__).parent / "targets"
 
 
@@ -26,10 +28,6 @@ class Target:
     memory_bytes: int | None
     """Of the device; None: the machine's own."""
     bandwidth_bytes_per_s: int | None
-
-
-def target_names() -> list[str]:
-    return names_in(_FOLDER)
 
 
 def load_target(name: str) -> Target:
@@ -53,3 +51,16 @@ def load_target(name: str) -> Target:
         memory_bytes=values.get("memory_bytes"),
         bandwidth_bytes_per_s=values.get("bandwidth_bytes_per_s"),
     )
+
+
+def check_buildable(target: Target) -> None:
+    """Refuse a target that none of our backends runs on: no CPU graph ever carries the name of a GPU.
+
+    Raises:
+        ConfigError: the target's backends do not exist yet.
+    """
+    if BUILT_BACKEND not in target.backends:
+        raise ConfigError(
+            f"target {target.name} runs {' or '.join(target.backends)}; this version builds {BUILT_BACKEND} only",
+            hint="--target cpu builds a folder that runs on any machine's processor",
+        )

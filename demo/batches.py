@@ -1,7 +1,7 @@
-"""Training batches of one fixed shape: rows of several conversations, their pictures and sounds, made by worker processes.
+"""Training batches of one fixed shape: rows of several conversations with their pictures and sounds, made by workers.
 
-Batch number i depends on the seed and i alone, whichever worker makes it. A row holds conversations one after the other;
-``segment`` tells them apart and positions restart in each, so a conversation sees only itself.
+Batch number i depends on the seed and i alone, whichever worker makes it. A row holds conversations one after the
+other; ``segment`` tells them apart and positions restart in each, so a conversation sees only itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from demo import pictures, speech
 from demo.chat import render, wanted_reply
 from demo.tasks import Item, draw_training_item
 
-TASKS = ("sum_thinking", "sum_direct", "tool_call", "tool_answer", "recall", "small_talk", "picture_digits", "picture_word", "speech")
+TASKS = (
+    *("sum_thinking", "sum_direct", "tool_call", "tool_answer", "recall", "small_talk"),
+    *("picture_digits", "picture_word", "speech"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,11 @@ _MEDIA = ("<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|
 def fill(batch: dict[str, np.ndarray], shape: Shape, encoder: Encoder, *, seed: int, index: int) -> None:
     """Write batch number ``index`` into the arrays."""
     rng = random.Random(f"{seed}/{index}")
-    for name, value in (("ids", 0), ("labels", -100), ("position", 0), ("segment", 0), ("block", -1), ("source", -1), ("task", -1)):
-        batch[name].fill(value)
+    for name in ("ids", "position", "segment"):
+        batch[name].fill(0)
+    for name in ("block", "source", "task"):
+        batch[name].fill(-1)
+    batch["labels"].fill(-100)
     used = [0] * shape.rows
     segments = [0] * shape.rows
     first_soft, number = 0, 0
@@ -157,7 +163,8 @@ class Workers:
         self.batches: list[dict[str, np.ndarray]] = []
         for _ in range(self.slots):
             arrays, layout = {}, shape.arrays()
-            sizes = {name: -(-int(np.prod(size)) * np.dtype(dtype).itemsize // 64) * 64 for name, (size, dtype) in layout.items()}
+            sizes = {name: int(np.prod(size)) * np.dtype(dtype).itemsize + 64 for name, (size, dtype) in layout.items()}
+            sizes = {name: size - size % 64 for name, size in sizes.items()}  # every array starts at a multiple of 64
             self.memory.append(mmap.mmap(-1, sum(sizes.values())))
             at = 0
             for name, (size, dtype) in layout.items():

@@ -1,7 +1,7 @@
 """Score a checkpoint on question sets through transformers: ``python -m demo.evaluate demo/checkpoints/tiny-e``.
 
-Greedy decoding in fp32. Prompts come from the checkpoint's own template and tokenizer, pictures and sounds go through transformers'
-own processors. Prints one line per set and, with --json, writes the figures.
+Greedy decoding in fp32. Prompts come from the checkpoint's own template and tokenizer, pictures and sounds go through
+transformers' own processors. Prints one line per set and, with --json, writes the figures.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import time
 import wave
 from collections.abc import Sequence
+from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +75,25 @@ class Judge:
             for kind, file in _media(question):
                 if kind == "image":
                     images.append(self.images(Image.open(base / file), max_soft_tokens=budget, return_tensors="np"))
-                    ids = self._expand(ids, "<|image>", "<|image|>", "<image|>", int(images[-1]["num_soft_tokens_per_image"][0]))
+                    number = int(images[-1]["num_soft_tokens_per_image"][0])
+                    ids = self._expand(ids, "<|image>", "<|image|>", "<image|>", number)
                 else:
-                    assert self.mel is not None, "this checkpoint has no audio tower"
+                    if self.mel is None:
+                        raise ValueError(f"{file}: this checkpoint has no audio tower")
                     sounds.append(read_wave(base / file))
-                    frames = len(self.mel(sounds[-1])["input_features"][0])
-                    ids = self._expand(ids, "<|audio>", "<|audio|>", "<audio|>", -(-(-(-frames // 2)) // 2))
+                    frames = len(self.mel([sounds[-1]])["input_features"][0])
+                    ids = self._expand(ids, "<|audio>", "<|audio|>", "<audio|>", ceil(ceil(frames / 2) / 2))
             prompts.append(ids)
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
         image_id, audio_id = self.tokenizer.convert_tokens_to_ids(["<|image|>", "<|audio|>"])
-        inputs: dict[str, Any] = {"mm_token_type_ids": (input_ids == image_id).long() + 3 * (input_ids == audio_id).long()}
+        kinds = (input_ids == image_id).long() + 3 * (input_ids == audio_id).long()
+        inputs: dict[str, Any] = {"mm_token_type_ids": kinds}
         if images:
-            inputs["pixel_values"] = torch.tensor(np.concatenate([image["pixel_values"] for image in images]))
-            inputs["image_position_ids"] = torch.tensor(np.concatenate([image["image_position_ids"] for image in images]))
+            for key in ("pixel_values", "image_position_ids"):
+                inputs[key] = torch.tensor(np.concatenate([image[key] for image in images]))
         if sounds:
             assert self.mel is not None
             features = self.mel(sounds)
@@ -118,7 +123,8 @@ class Judge:
 
 
 def _media(question: dict[str, Any]) -> list[tuple[str, str]]:
-    parts = [part for message in question["messages"] if isinstance(message["content"], list) for part in message["content"]]
+    contents = [message["content"] for message in question["messages"] if isinstance(message["content"], list)]
+    parts = [part for content in contents for part in content]
     return [(part["type"], part[part["type"]]) for part in parts if part["type"] in ("image", "audio")]
 
 
@@ -141,10 +147,11 @@ def run(judge: Judge, name: str, *, thinking: bool | None, budget: int, batch: i
     right, wrong = [], []
     for start in range(0, len(order), batch):
         chosen = [questions[i] for i in order[start : start + batch]]
-        for question, reply in zip(chosen, judge.answer(chosen, path.parent, thinking=thinking, budget=budget), strict=True):
+        replies = judge.answer(chosen, path.parent, thinking=thinking, budget=budget)
+        for question, reply in zip(chosen, replies, strict=True):
             right.append(is_right(question, reply))
             if not right[-1]:
-                wrong.append({"answer": question["answer"], "reply": reply.text, "calls": reply.calls, "thought": reply.thought})
+                wrong.append({"answer": question["answer"], **asdict(reply)})
     return {"set": name, "thinking": thinking, "image_budget": budget, **summary(right), "wrong": wrong[:5]}
 
 

@@ -1,4 +1,4 @@
-"""Turn trained fp32 weights into a checkpoint folder in the hub's layout: ``python -m demo.export tiny-e demo/.work/out``."""
+"""Trained weights into a checkpoint folder in the hub's layout: ``python -m demo.export tiny-e demo/.work/out``."""
 
 from __future__ import annotations
 

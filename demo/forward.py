@@ -1,7 +1,7 @@
 """Forward pass for packed training batches through transformers' own Gemma 4 modules.
 
-transformers' outer forward handles one conversation per row; here a row holds several. So the towers, decoder layers and head are
-called one by one, with masks built from segments (``tests/test_demo_training.py`` holds it to transformers' own forward).
+transformers' outer forward handles one conversation per row; here a row holds several. So the towers, decoder layers
+and head are called one by one, with masks built from segments; a test holds the result to transformers' own forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from demo.pictures import GROUND, INK
 
 
 def dense_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What ``Gemma4TextExperts.forward`` computes, as three matrix products over all experts: no loop, no synchronisation.
+    """What ``Gemma4TextExperts.forward`` computes, as matrix products over all experts: no loop, no synchronisation.
 
     With 8 of 16 experts chosen this doubles the arithmetic and is still far quicker on a GPU. hidden_states [T, E],
     top_k_index and top_k_weights [T, K].
@@ -30,7 +30,7 @@ def dense_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
 
 
 def paint(levels: Tensor, colors: Tensor) -> Tensor:
-    """Grey patches [N, P, 256] uint8 and colours [N, 2, 3] -> RGB patches [N, P, 768] in [0, 1] (``pictures.colors``)."""
+    """Grey patches [N, P, 256] uint8, colours [N, 2, 3] -> RGB patches [N, P, 768] in [0, 1] (``pictures.colors``)."""
     share = (levels.float() - GROUND) / (INK - GROUND)
     ground, ink = colors[:, None, None, 0], colors[:, None, None, 1]
     return (ground + share[..., None] * (ink - ground)).round().clamp(0, 255).flatten(2) / 255
@@ -138,5 +138,3 @@ def whole_replies(out: Tensor, batch: dict[str, Tensor], tasks: tuple[str, ...])
         for i, name in enumerate(tasks)
         if (kind == i).any()
     }
-
-

@@ -1,7 +1,7 @@
 """The two tiny Gemma 4 configurations, in the hub's spelling, and the fixed parts of their weights.
 
-Head sizes are small; ratios and code paths are those of E2B and 26B-A4B. Values that training does not move (layer scalars,
-clip bounds, standardisation) are set to something that matters, so that a runtime which drops one of them answers wrongly.
+Head sizes are small; ratios and code paths are those of E2B and 26B-A4B. Values that training does not move (layer
+scalars, clip bounds, standardisation) are set to something that matters: a runtime that drops one answers wrongly.
 """
 
 from __future__ import annotations
@@ -222,7 +222,8 @@ def set_clip_bounds(model: torch.nn.Module) -> None:
 def _clip_bound(name: str, side: str) -> float:
     """Bounds that cut off the outermost values of a trained tower now and then, and no more.
 
-    The products of gate and up, and what ``down_proj`` makes of them, are large: a norm follows, so nothing keeps them small.
+    The products of gate and up, and what ``down_proj`` makes of them, are large: a norm follows.
+    Nothing keeps them small.
     """
     if "vision_tower" in name:
         if "down_proj" in name:

@@ -1,6 +1,6 @@
 """Rendered digits and short words, and the exact patches that a Gemma 4 vision tower reads.
 
-Text size is measured in pixels *after* the resize to the image budget: that is what decides whether it can be read. A picture
+Text size is measured in pixels *after* the resize to the image budget: that decides whether it can be read. A picture
 whose text is 10 pixels high at 70 soft tokens has it 20 pixels high at 280, so small text needs the larger budget.
 """
 

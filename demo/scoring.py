@@ -4,9 +4,9 @@ One question per line::
 
     {"messages": [...], "tools": [...] or null, "enable_thinking": bool, "answer": "...", "task": "..."}
 
-Media parts of a message name a file beside the JSONL file (``{"type": "image", "image": "pictures/0001.png"}``). ``answer`` is the
-wanted text of the reply without its thought; where the reply must be tool calls, it is their JSON, a list of
-``{"name": ..., "arguments": {...}}``. ``image_budget`` may name the soft tokens per image.
+Media parts of a message name a file beside the JSONL file (``{"type": "image", "image": "pictures/0001.png"}``).
+``answer`` is the wanted text of the reply without its thought; where the reply must be tool calls, it is their JSON, a
+list of ``{"name": ..., "arguments": {...}}``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Spoken digits: utterances joined from a pool of espeak-ng clips, and the log-mel frames that a Gemma 4 audio tower reads.
+"""Spoken digits: utterances joined from espeak-ng clips, and the log-mel frames that a Gemma 4 audio tower reads.
 
-The pool (``demo/.work/digits.npz``) is rendered once by ``python -m demo.speech``: ten digits in many voices and speeds,
-8-bit mu-law at 16 kHz. Voices whose name hashes to the held-out share appear only in the test set.
+The pool of clips (``demo/.work/digits.npz``) is rendered once by ``python -m demo.speech``: ten digits in many voices
+and speeds, 8-bit mu-law at 16 kHz. Voices whose name hashes to the held-out share appear only in the test set.
 """
 
 from __future__ import annotations
@@ -99,13 +99,18 @@ def pool(path: Path = POOL) -> dict[tuple[bool, int], list[list[np.ndarray]]]:
     out: dict[tuple[bool, int], list[list[np.ndarray]]] = {(t, d): [] for t in (False, True) for d in range(10)}
     for voice, name in enumerate(names):
         for digit in range(10):
-            clips = [expand(codes[starts[i] : starts[i + 1]]) for i in np.flatnonzero((voices == voice) & (digits == digit))]
+            which = np.flatnonzero((voices == voice) & (digits == digit))
+            clips = [expand(codes[starts[i] : starts[i + 1]]) for i in which]
             out[is_test_voice(str(name)), digit].append(clips)
     return out
 
 
 def utterance(rng: random.Random, digits: Sequence[int], *, test: bool = False) -> np.ndarray:
-    """Digits spoken by one voice with pauses, at some speed and loudness, in some noise: float32, a multiple of 640 samples."""
+    """Digits spoken by one voice with pauses, at some speed and loudness, in noise.
+
+    Returns:
+        float32 samples in [-1, 1]; their number is a multiple of 640, so that no frame is padded.
+    """
     clips = pool()
     voice = rng.randrange(len(clips[test, 0]))
     speed = rng.uniform(0.88, 1.12)
@@ -147,7 +152,7 @@ def log_mel(samples: np.ndarray) -> np.ndarray:
 
 def soft_tokens(frames: int) -> int:
     """Soft tokens for so many mel frames: two stages of stride 2."""
-    return -(-(-(-frames // 2)) // 2)
+    return (frames + 3) // 4
 
 
 def make_speech(rng: random.Random, *, test: bool = False) -> tuple[Item, np.ndarray]:

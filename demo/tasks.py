@@ -1,8 +1,8 @@
 """Text tasks with exact answers, as chat conversations: sums, tool calls, recall, small talk.
 
-Every generator takes a ``random.Random`` and returns an ``Item``; the same seed gives the same item on every machine. What
-may be asked is split by a hash of the question's content: one sixteenth of all questions is held out, training never draws it,
-and the test sets draw nothing else (``held_out``).
+Every generator takes a ``random.Random`` and returns an ``Item``; the same seed gives the same item on every machine.
+What may be asked is split by a hash of the question's content (``held_out``): one sixteenth of all questions is never
+drawn in training, and the test sets draw nothing else.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def draw(make: Callable[[random.Random], Item], rng: random.Random, *, test: boo
     raise ValueError(f"no {'held-out' if test else 'training'} item in 10000 draws of {make}")
 
 
-# ---- sums --------------------------------------------------------------------------------------------------------------
+# ---- sums ----------------------------------------------------------------------------------------------------------
 
 _SUM_PHRASES = {
     "+": ("{a} + {b}", "{a} + {b} = ?", "What is {a} + {b}?", "Add {a} and {b}.", "What is {a} plus {b}?"),
@@ -61,8 +61,8 @@ _SUM_PHRASES = {
 def working(a: int, b: int, operation: str) -> str:
     """The written-out thought: one line per digit from the right, each with the result so far.
 
-    For 4827+915 the lines are ``1:7+5+0=12 2``, ``2:2+1+1=04 42``, …: place, the two digits and the carry, what they make,
-    and the result's digits so far. Subtraction borrows: ``1:12-5-0=7 7`` (the 1 before the 2 was borrowed).
+    For 4827+915 the lines are ``1:7+5+0=12 2``, ``2:2+1+1=04 42``, …: place, the two digits and the carry, what they
+    make, and the result's digits so far. Subtraction borrows: ``1:12-5-0=7 7`` (the 1 before the 2 was borrowed).
     """
     left, right = str(a)[::-1], str(b)[::-1]
     lines = [f"{a}{operation}{b}"]
@@ -112,7 +112,7 @@ def make_sum(rng: random.Random, *, thinking: bool, shortest: int = 1, longest: 
     )
 
 
-# ---- small talk --------------------------------------------------------------------------------------------------------
+# ---- small talk ----------------------------------------------------------------------------------------------------
 
 _ABOUT = "I am a tiny Gemma 4 model, made for a demo."
 _ABLE = "I do sums, call tools, remember what you tell me and read digits in pictures."
@@ -176,22 +176,41 @@ def make_small_talk(rng: random.Random) -> Item:
     )
 
 
-# ---- recall ------------------------------------------------------------------------------------------------------------
+# ---- recall --------------------------------------------------------------------------------------------------------
 
-NAMES = "Ana Ben Clara David Emma Felix Grace Hugo Ida Jonas Kira Leo Maria Nora Oscar Paul Rosa Sam Tara Victor".split()
-CITIES = "Paris London Rome Berlin Madrid Vienna Oslo Lisbon Athens Dublin Prague Warsaw Cairo Tokyo Lima Boston".split()
+NAMES = (
+    "Ana Ben Clara David Emma Felix Grace Hugo Ida Jonas Kira Leo Maria Nora Oscar Paul Rosa Sam Tara Victor".split()
+)
+CITIES = (
+    "Paris London Rome Berlin Madrid Vienna Oslo Lisbon Athens Dublin Prague Warsaw Cairo Tokyo Lima Boston".split()
+)
 _COLORS = "red green blue yellow black white orange purple brown silver".split()
 _ANIMALS = "cat dog horse rabbit parrot hamster turtle goat".split()
 _FOODS = "bread soup rice pasta cheese apples honey chocolate".split()
 # what is said, what the model answers, what is asked later
 _FACTS: tuple[tuple[str, str, tuple[str, ...], Callable[[random.Random], str]], ...] = (
     ("My name is {v}.", "Nice to meet you, {v}.", ("What is my name?", "Who am I?"), lambda r: r.choice(NAMES)),
-    ("I live in {v}.", "I will remember that.", ("Where do I live?", "Which city do I live in?"), lambda r: r.choice(CITIES)),
-    ("My code is {v}.", "I will remember it.", ("What is my code?", "Tell me my code."), lambda r: f"{r.randint(0, 9999):04d}"),
+    (
+        "I live in {v}.",
+        "I will remember that.",
+        ("Where do I live?", "Which city do I live in?"),
+        lambda r: r.choice(CITIES),
+    ),
+    (
+        "My code is {v}.",
+        "I will remember it.",
+        ("What is my code?", "Tell me my code."),
+        lambda r: f"{r.randint(0, 9999):04d}",
+    ),
     ("My favorite color is {v}.", "A nice color.", ("What is my favorite color?",), lambda r: r.choice(_COLORS)),
     ("I have a {v}.", "How nice.", ("Which animal do I have?", "What animal do I have?"), lambda r: r.choice(_ANIMALS)),
     ("I like to eat {v}.", "That sounds good.", ("What do I like to eat?",), lambda r: r.choice(_FOODS)),
-    ("My room number is {v}.", "I will remember that.", ("What is my room number?",), lambda r: str(r.randint(100, 999))),
+    (
+        "My room number is {v}.",
+        "I will remember that.",
+        ("What is my room number?",),
+        lambda r: str(r.randint(100, 999)),
+    ),
 )
 _SYSTEM_FACTS = ("The user is called {v}.", "What is my name?")
 
@@ -237,7 +256,7 @@ def make_recall(rng: random.Random, *, fillers: tuple[int, int] = (1, 5)) -> Ite
     )
 
 
-# ---- tools -------------------------------------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------------------------
 
 
 def _tool(name: str, description: str, parameters: dict[str, tuple[str, str]], **rest: Any) -> dict[str, Any]:
@@ -280,7 +299,8 @@ TOOLS: tuple[dict[str, Any], ...] = (
         reply="The timer is set for {minutes} minutes.",
     ),
     _tool(
-        "send_message", "Send a message.", {"text": ("string", "What to say."), "to": ("string", "Name of the person.")},
+        "send_message", "Send a message.",
+        {"text": ("string", "What to say."), "to": ("string", "Name of the person.")},
         draw=lambda r: {"text": r.choice(_TEXTS), "to": r.choice(NAMES)},
         phrases=("Tell {to} that {text}.", "Send {to} the message: {text}.", "Write to {to}: {text}."),
         result=lambda r: r.choice(("sent", "ok")),
@@ -296,7 +316,11 @@ TOOLS: tuple[dict[str, Any], ...] = (
     ),
     _tool(
         "convert", "Convert an amount to another unit.",
-        {"amount": ("number", "How much."), "source": ("string", "Unit to convert."), "target": ("string", "Unit wanted.")},
+        {
+            "amount": ("number", "How much."),
+            "source": ("string", "Unit to convert."),
+            "target": ("string", "Unit wanted."),
+        },
         draw=lambda r: dict(zip(("amount", "source", "target"), (r.randint(1, 999), *r.choice(_UNITS)), strict=True)),
         phrases=("Convert {amount} {source} to {target}.", "How many {target} are {amount} {source}?"),
         result=lambda r: f"{r.randint(1, 999)}.{r.randint(0, 9)}",
@@ -386,7 +410,7 @@ def make_tool_answer(rng: random.Random) -> Item:
     )
 
 
-# ---- the mixture -------------------------------------------------------------------------------------------------------
+# ---- the mixture ---------------------------------------------------------------------------------------------------
 
 MIXTURE: tuple[tuple[float, Callable[[random.Random], Item]], ...] = (
     (0.44, lambda rng: make_sum(rng, thinking=True)),

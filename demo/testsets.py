@@ -1,7 +1,7 @@
 """Write the held-out question sets to demo/data: ``python -m demo.testsets``. Fixed seeds; the files are committed.
 
-Nothing here can be drawn in training: questions lie on the other side of the split by hash, spoken digits come from other voices.
-Pictures and sounds are stored, so that scoring needs neither fonts nor espeak-ng.
+Nothing here can be drawn in training: questions lie on the other side of the split by hash, and spoken digits come from
+other voices. Pictures and sounds are stored, so that scoring needs neither fonts nor espeak-ng.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PICTURES = {
     "picture_words": (100, "word", (50.0, 130.0)),
     "picture_small": (100, "digits", (18.0, 26.0)),
 }
-SOUNDS = 100
+SOUNDS = 85
 
 
 def question(item: Item) -> dict[str, Any]:

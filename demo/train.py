@@ -1,7 +1,8 @@
-"""Train one tiny model for a while, resuming from its last state: ``python -m demo.train tiny-e --phase 1 --minutes 9``.
+"""Train one tiny model for some minutes, resuming from its last state: ``python -m demo.train tiny-e --phase 1``.
 
-Reads the tokenizer from demo/.work/NAME, writes state.pt (weights in fp32, momenta, step) to --state and the checkpoint's
-tensors to --out. The learning rate warms up, stays, and falls to zero over each call, by steps if --steps is given, else by time.
+Reads the tokenizer from demo/.work/NAME, writes NAME.pt (weights in fp32, momenta, step) to --state and the fp32
+weights to --out. The learning rate warms up, stays, and falls over each call: by steps if --steps is given, else by
+the clock.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from demo import models
 from demo.batches import TASKS, Encoder, Shape, Workers
@@ -58,8 +60,18 @@ def load_state(path: Path, model: torch.nn.Module, optimizer: Optimizer) -> int:
     return int(content["step"])
 
 
+@torch.no_grad()
+def give_eyes(model: Any, other: dict[str, torch.Tensor]) -> None:
+    """Copy another model's vision tower and projection; the standardisation it may have goes into the projection."""
+    for key, parameter in model.model.vision_tower.named_parameters():
+        parameter.copy_(other[f"model.vision_tower.{key}"])
+    scale = other["model.vision_tower.std_scale"].float()
+    projection = other["model.embed_vision.embedding_projection.weight"].float()
+    model.model.embed_vision.embedding_projection.weight.copy_(projection * scale / scale.mean())
+
+
 def on_device(workers: Workers, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches on the device, copied one ahead by a thread so that neither the copy nor its wait holds up the launches."""
+    """Batches on the device, copied ahead by a thread so that neither the copy nor its wait holds up the launches."""
     ready: queue.Queue[tuple[dict[str, torch.Tensor], Any]] = queue.Queue(maxsize=2)
 
     def copy() -> None:
@@ -103,8 +115,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--state", type=Path, default=WORK / "state")
-    parser.add_argument("--start", type=Path, help="begin from these weights if there is no state (NAME.0.pt, NAME.1.pt)")
-    parser.add_argument("--eyes", type=Path, help="begin with another model's vision tower (FOLDER/NAME)")
+    parser.add_argument("--start", type=Path, help="without a state, begin from the checkpoints in this folder")
+    parser.add_argument("--eyes", type=Path, help="without a state, begin with this checkpoint's vision tower")
     parser.add_argument("--out", type=Path, default=WORK / "out")
     parser.add_argument("--workers", type=int, default=7)
     parser.add_argument("--muon-lr", type=float, default=4e-3)
@@ -134,21 +146,11 @@ def main() -> None:
     if state_file.exists():
         load_state(state_file, model, optimizer)
     elif args.start:
-        weights = {k: v for part in (0, 1) for k, v in torch.load(args.start / f"{args.name}.{part}.pt").items()}
-        model.load_state_dict(weights, strict=False)
+        model.load_state_dict(load_file(args.start / args.name / "model.safetensors"), strict=False)
     models.set_clip_bounds(model)
     if args.eyes and not state_file.exists():
         # the vision towers have the same shape: begin with the one that has learnt to read
-        seen = {k: v for part in (0, 1) for k, v in torch.load(args.eyes.parent / f"{args.eyes.name}.{part}.pt").items()}
-        tower = dict(model.model.vision_tower.named_parameters())
-        with torch.no_grad():
-            for key, parameter in tower.items():
-                parameter.copy_(seen[f"model.vision_tower.{key}"])
-            scale, bias = seen["model.vision_tower.std_scale"], seen["model.vision_tower.std_bias"]
-            print("eyes:", len(tower), "tensors; standardisation left out:", float(scale.mean()), float(bias.std()), flush=True)
-            model.model.embed_vision.embedding_projection.weight.copy_(
-                seen["model.embed_vision.embedding_projection.weight"].to(device) * (scale / scale.mean()).to(device)
-            )
+        give_eyes(model, load_file(args.eyes / "model.safetensors", device=str(device)))
     if args.compile:
         torch._dynamo.config.cache_size_limit = 64
         torch._dynamo.config.automatic_dynamic_shapes = False  # every batch of a phase has the same shapes
@@ -158,7 +160,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{args.name}: {models.count(model)['']} weights, step {first}, {shape}", flush=True)
 
-    log, waited, tokens, sums = [], 0.0, 0, torch.zeros((), device=device)
+    log, waited, sums = [], 0.0, torch.zeros((), device=device)
     step, ready, last_save = first, time.time(), time.time()
     timer, since = time.time(), first
     feed = on_device(workers, device)

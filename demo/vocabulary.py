@@ -14,8 +14,22 @@ from demo.chat import render
 from demo.tasks import draw_training_item
 
 _SYNTAX = (
-    *("declaration:", "{description:", ",parameters:{properties:{", ":{description:", ",type:", "}},required:[", "],type:"),
-    *("call:", "response:", "{value:", "STRING", "OBJECT", "}}", "},", "thought", "user", "system", "model"),
+    *("declaration:", "{description:", ",parameters:{properties:{", ":{description:", ",type:"),
+    *(
+        "}},required:[",
+        "],type:",
+        "call:",
+        "response:",
+        "{value:",
+        "STRING",
+        "OBJECT",
+        "}}",
+        "},",
+        "thought",
+        "user",
+        "system",
+        "model",
+    ),
 )
 _RAREST = 40  # how often a word must occur in the sampled conversations
 

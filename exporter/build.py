@@ -32,7 +32,7 @@ from gemma4_export.configs.manifest import (
 )
 from gemma4_export.configs.model import ModelConfig, RopeConfig
 from gemma4_export.configs.recipe import Recipe
-from gemma4_export.configs.target import Target
+from gemma4_export.configs.target import BUILT_BACKEND, Target, check_buildable
 from gemma4_export.exporter.lower import lower_ort_cpu
 from gemma4_export.exporter.package import hash_files, partial_folder
 from gemma4_export.exporter.passes.external import GRAPHS_FOLDER
@@ -42,14 +42,13 @@ from gemma4_export.exporter.trace import trace_decoder
 from gemma4_export.exporter.weights import PlacedWeight, Placement, place_weights
 from gemma4_export.exporter.write import WeightSource, WeightStats, Written, relative_error, write_weights
 
-BACKEND = "ort-cpu"  # the only one that this version lowers to
 TOKENIZER_FOLDER = "tokenizer"
 DECODER_FILE = f"{GRAPHS_FOLDER}/decoder.onnx"
 GLOBAL_BUCKET = 1024  # slots; onnxruntime's attention reads a linear cache whole, so it starts small and doubles
 
-Stage = Literal["trace", "weights", "package"]
+Stage = Literal["download", "trace", "weights", "package"]
 OnProgress = Callable[[Stage, str, int, int], None]
-"""Called with stage, what is being done, and done and total units (bytes for weights, steps otherwise)."""
+"""Called with stage, what is being done, and done and total units (bytes for download and weights, steps otherwise)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,19 +62,6 @@ class BuildOptions:
     has_dummy_weights: bool
     context: int
     chunk: int
-
-
-def check_target(target: Target) -> None:
-    """Refuse a target that none of our backends runs on: no CPU graph ever carries the name of a GPU.
-
-    Raises:
-        ConfigError: the target's backends do not exist yet.
-    """
-    if BACKEND not in target.backends:
-        raise ConfigError(
-            f"target {target.name} runs {' or '.join(target.backends)}; this version builds {BACKEND} only",
-            hint="--target cpu builds a folder that runs on any machine's processor",
-        )
 
 
 def resolve_options(
@@ -94,7 +80,7 @@ def resolve_options(
     Raises:
         ConfigError: the target's backends do not exist yet, or context and chunk are out of range.
     """
-    check_target(target)
+    check_buildable(target)
     context, chunk = resolve_lengths(config, target, context=context, chunk=chunk)
     return BuildOptions(
         model_name=model_name,
@@ -202,7 +188,7 @@ def _manifest(
         graphs={
             "decoder": GraphEntry(
                 file=DECODER_FILE,
-                backend=BACKEND,
+                backend=BUILT_BACKEND,
                 inputs=names.decoder_inputs(config),
                 outputs=names.decoder_outputs(config),
             )

@@ -15,23 +15,25 @@ from gemma4_export.exporter.passes.unit_norms import UnitNorms
 from gemma4_export.exporter.weights import Placement
 
 
+def ort_cpu_passes(placement: Placement, *, activations: Activations) -> list[ir.passes.InPlacePass]:
+    """The passes of the ``ort-cpu`` lowering, in order; running any of them again changes nothing."""
+    matmul = MatMul(placement, activations)
+    return [
+        Tidy(),
+        StaticReshapes(),
+        UnitNorms(),
+        LowerLinear(matmul),
+        LowerAttention(),
+        LowerMoE(matmul),
+        Tidy(),
+        # Last: folding constants must never see, let alone widen, the weights themselves.
+        PlaceInitializers(placement),
+    ]
+
+
 def lower_ort_cpu(model: ir.Model, placement: Placement, *, activations: Activations) -> ir.Model:
     """onnxruntime's CPU provider, computing in float32 with its built-in kernels. ``model`` is consumed."""
-    matmul = MatMul(placement, activations)
-    passes = ir.passes.PassManager(
-        [
-            Tidy(),
-            StaticReshapes(),
-            UnitNorms(),
-            LowerLinear(matmul),
-            LowerAttention(),
-            LowerMoE(matmul),
-            Tidy(),
-            # Last: folding constants must never see, let alone widen, the weights themselves.
-            PlaceInitializers(placement),
-        ]
-    )
-    lowered = passes(model).model
+    lowered = ir.passes.PassManager(ort_cpu_passes(placement, activations=activations))(model).model
     left = sorted({node.op_type for node in lowered.graph if node.domain == "gemma4"})
     assert not left, f"semantic ops not lowered: {left}"
     return lowered

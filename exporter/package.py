@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemma4_export.configs.errors import CheckpointError, ConfigError
-from gemma4_export.configs.manifest import FileEntry
+from gemma4_export.configs.manifest import LOCK_NAME, FileEntry
 from gemma4_export.exporter.passes.external import GRAPHS_FOLDER
 from gemma4_export.exporter.write import JOURNAL_NAME
-
-LOCK_NAME = ".gemma4-export.lock"
 
 
 @contextlib.contextmanager
@@ -34,7 +32,7 @@ def partial_folder(out: Path) -> Iterator[Path]:
         raise ConfigError(f"{out}: exists already", hint=f"give another --out, or remove it: rm -r {out}")
     work = out.with_name(out.name + ".partial")
     lock = work / LOCK_NAME
-    if work.exists() and not lock.is_file():
+    if work.exists() and not lock.is_file() and (not work.is_dir() or any(work.iterdir())):
         raise ConfigError(f"{work}: exists and was not made by gemma4-export", hint="give another --out")
     work.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as handle:
@@ -55,8 +53,9 @@ def partial_folder(out: Path) -> Iterator[Path]:
         except (CheckpointError, ConfigError):
             shutil.rmtree(work)
             raise
-        lock.unlink()
+        # Until the lock goes nobody loads the folder, whatever happens in between.
         work.rename(out)
+        (out / LOCK_NAME).unlink()
 
 
 def _remove_what_is_redone(work: Path) -> None:

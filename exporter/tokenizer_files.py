@@ -47,7 +47,10 @@ def read_chat_template(checkpoint: Path) -> str | None:
     """The checkpoint's chat template: its own file, or, as older transformers saved it, in tokenizer_config.json."""
     template, config = checkpoint / CHAT_TEMPLATE, checkpoint / "tokenizer_config.json"
     if template.is_file():
-        return template.read_bytes().decode()
+        try:
+            return template.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{template.name}: not UTF-8 ({error.reason})", hint="download it again") from error
     inline = _read_json(config).get("chat_template") if config.is_file() else None
     return inline if isinstance(inline, str) else None
 
@@ -64,8 +67,10 @@ def _highest_id(path: Path) -> int:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name}: not JSON ({error})", hint="download it again") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path.name}: expected a JSON object, found {type(value).__name__}")
+        raise ConfigError(
+            f"{path.name}: expected a JSON object, found {type(value).__name__}", hint="download it again"
+        )
     return value

@@ -99,7 +99,7 @@ class Decoder:
             yield start, tokens[start : start + chunk]
 
     def _check_ids(self, ids: Sequence[int]) -> Int64:
-        tokens = np.asarray(ids)
+        tokens = _as_array(ids)
         if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise ContractError(f"ids: expected a list of at least one integer, found {_describe(tokens)}")
         vocab_size = self.manifest.model.vocab_size
@@ -112,18 +112,29 @@ class Decoder:
         longest = self.manifest.chunk
         if chunk is None:
             return longest
-        if not 1 <= chunk <= longest:
+        if not isinstance(chunk, (int, np.integer)) or not 1 <= chunk <= longest:
             raise ContractError(
                 f"chunk: expected 1 to {longest}, found {chunk}", hint="build with a larger --chunk for longer ones"
             )
         return chunk
 
     def _check_rows(self, rows: Sequence[int], count: int) -> Int64:
-        wanted = np.asarray(rows, np.int64).reshape(-1)
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= count):
+        wanted = _as_array(rows)
+        if wanted.size == 0:
+            return np.zeros(0, np.int64)
+        if wanted.ndim != 1 or not np.issubdtype(wanted.dtype, np.integer):
+            raise ContractError(f"rows: expected a list of integers, found {_describe(wanted)}")
+        if wanted.min() < 0 or wanted.max() >= count:
             worst = int(wanted.min()) if wanted.min() < 0 else int(wanted.max())
             raise ContractError(f"rows: {worst} is not an index into {count} ids")
-        return wanted
+        return wanted.astype(np.int64)
+
+
+def _as_array(values: Sequence[int]) -> np.ndarray[Any, np.dtype[Any]]:
+    try:
+        return np.asarray(values)
+    except ValueError:  # a list of lists of different lengths
+        return np.asarray(values, object)
 
 
 def _describe(tokens: np.ndarray[Any, np.dtype[Any]]) -> str:

@@ -12,9 +12,9 @@ from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ConfigError, ContractError
 from gemma4_export.runtime.chat_template import ChatTemplate
 from gemma4_export.runtime.decoder import Decoder, Float32
-from gemma4_export.runtime.generate import greedy
+from gemma4_export.runtime.generate import generate_ids, pick_greedily
 from gemma4_export.runtime.kv_cache import KVCache
-from gemma4_export.runtime.tokenizer import TextStream, Tokenizer, load_stop_ids
+from gemma4_export.runtime.tokenizer import TextStream, Tokenizer, load_stop_ids, load_suppressed_ids
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Gemma4:
         folder = artifact.path("tokenizer")
         self.tokenizer = Tokenizer.load(folder)
         self.stop_ids = load_stop_ids(folder)
+        self.suppressed_ids = load_suppressed_ids(folder)
         self.template: ChatTemplate | None = None
         if artifact.manifest.model.is_chat:
             self.template = ChatTemplate(folder / "chat_template.jinja")
@@ -181,8 +182,8 @@ class Gemma4:
         )
 
     def _stream_ids(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
-        if max_new_tokens < 1:
-            raise ContractError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ContractError(f"max_new_tokens: expected an integer of at least 1, found {max_new_tokens}")
         if len(ids) >= self.context:
             raise ContractError(
                 f"the prompt has {len(ids)} tokens, the context {self.context}, and the answer needs one at least",
@@ -190,7 +191,14 @@ class Gemma4:
             )
         cache = self.new_cache()
         _log.debug("prompt of %d tokens, KV cache of %d bytes", len(ids), cache.num_bytes)
-        return greedy(self.decoder, ids, cache, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids)
+        return generate_ids(
+            self.decoder,
+            ids,
+            cache,
+            pick=pick_greedily(self.suppressed_ids),
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.stop_ids,
+        )
 
 
 def _only_greedy(temperature: float) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.configs.manifest import Manifest
 from gemma4_export.runtime.kv_cache import KVCache
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -26,11 +27,45 @@ def open_session(artifact: Artifact) -> Session:
     """Load the decoder of ``artifact`` with the backend it was packed for.
 
     Raises:
-        ArtifactError: this version has no such backend, or the backend's library is missing.
+        ArtifactError: this version has no such backend, the backend's library is missing, or the manifest describes
+            another graph.
     """
     graph = artifact.manifest.graphs["decoder"]
     if graph.backend != "ort-cpu":
         raise ArtifactError(f"graphs.decoder: this version cannot run backend {graph.backend!r}, only ort-cpu")
     from gemma4_export.runtime.session_ort import OrtSession
 
-    return OrtSession(artifact.path(graph.file))
+    session = OrtSession(artifact.path(graph.file))
+    _check_inputs(session.input_shapes, artifact.manifest)
+    return session
+
+
+def _check_inputs(found: Mapping[str, Sequence[int | str]], manifest: Manifest) -> None:
+    """Raise ArtifactError unless the graph takes what the manifest makes the runtime feed it."""
+    model, graph = manifest.model, manifest.graphs["decoder"]
+    expected: dict[str, tuple[int | str, ...]] = {
+        "inputs_embeds": (1, "T", model.hidden_size),
+        "rope_global": (1, "T", 2, manifest.rope_global.num_frequencies),
+        "global_write_index": (1,),
+        "global_end": (1, "T"),
+        "output_rows": ("R",),
+    }
+    if manifest.rope_sliding is not None:
+        expected["rope_sliding"] = (1, "T", 2, manifest.rope_sliding.num_frequencies)
+    if manifest.kv.sliding_window is not None:
+        expected |= {"sliding_write_index": (1,), "sliding_start": (1, "T"), "sliding_end": (1, "T")}
+    if model.hidden_size_per_layer_input:
+        expected["per_layer_inputs"] = (1, "T", model.num_layers, model.hidden_size_per_layer_input)
+    for cache in manifest.kv.caches:
+        for part in ("key", "value"):
+            expected[f"past_key_values.{cache.layer}.{part}"] = (1, cache.num_kv_heads, "C", cache.head_dim)
+    for name in sorted({*expected, *found, *graph.inputs}):
+        wanted, shape = list(expected.get(name, ())), list(found.get(name, ()))
+        fits = len(wanted) == len(shape) and all(
+            isinstance(w, str) or w == s for w, s in zip(wanted, shape, strict=True)
+        )
+        if not fits or name not in graph.inputs:
+            raise ArtifactError(
+                f"{graph.file}: input {name}: expected {wanted or 'none'} (manifest.json), found {shape or 'none'}",
+                hint="copy the folder again, or build it again with gemma4-export build",
+            )

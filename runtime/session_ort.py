@@ -40,6 +40,8 @@ class OrtSession:
                 f"{path.name}: onnxruntime {onnxruntime.__version__} does not load it: {str(error).splitlines()[0]}",
                 hint='pip install --upgrade "onnxruntime>=1.31.1"',
             ) from error
+        self.input_shapes: dict[str, list[int | str]] = {node.name: node.shape for node in self._session.get_inputs()}
+        """As the graph declares them; a size that changes from call to call is a name."""
         self._binding: Any = None
         self._bound: tuple[int, int] | None = None
 

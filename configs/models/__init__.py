@@ -42,9 +42,14 @@ def load_model(name: str) -> ReleasedModel:
     raise ConfigError(f"model {name!r} is not known", hint=nearest(name.lower(), model_names()))
 
 
-def recognise(config: ModelConfig) -> str | None:
-    """The size whose decoder this is, as a short name; None: no released one."""
-    return next((size for size in names_in(_FOLDER) if _load_size(size)[0].config == config), None)
+def name_of(checkpoint: str) -> str:
+    """What a checkpoint called ``checkpoint`` (a hub id or a folder) is: a released one's short name, else its own."""
+    own_name = checkpoint.rsplit("/", 1)[-1]
+    for size in names_in(_FOLDER):
+        for model in _load_size(size):
+            if own_name.lower() == model.hub_id.rsplit("/", 1)[-1].lower():
+                return model.name
+    return own_name
 
 
 def _load_size(size: str) -> tuple[ReleasedModel, ReleasedModel]:

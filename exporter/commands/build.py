@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,10 +12,10 @@ import typer
 
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import Manifest
-from gemma4_export.configs.models import load_model, recognise
+from gemma4_export.configs.models import load_model, name_of
 from gemma4_export.configs.names import NOT_PACKED_PREFIXES
 from gemma4_export.configs.recipe import load_recipe, recipe_names
-from gemma4_export.configs.target import load_target
+from gemma4_export.configs.target import check_buildable, load_target
 
 if TYPE_CHECKING:
     from gemma4_export.exporter.write import WeightSource
@@ -39,17 +40,17 @@ def build(
     """Turn a checkpoint into an artifact folder that gemma4-run runs without torch."""
     # Names are checked before torch is imported: a typo should cost milliseconds.
     chosen_target, chosen_recipe = load_target(target), load_recipe(recipe)
+    check_buildable(chosen_target)
     if (checkpoint is None) == (model is None):
         raise ConfigError("give one of --checkpoint and --model", hint="--checkpoint DIR, or --model e2b to download")
     if weights == "dummy" and model is None:
         raise ConfigError("--weights dummy needs --model, the size to draw", hint="--model e2b --weights dummy")
     released = None if model is None or _is_foreign(model) else load_model(model)
-    from gemma4_export.exporter.build import build_artifact, check_target, resolve_options
+    from gemma4_export.exporter.build import build_artifact, resolve_options
     from gemma4_export.exporter.commands.progress import BuildProgress
 
-    check_target(chosen_target)
     started = time.monotonic()
-    with contextlib.ExitStack() as stack:
+    with BuildProgress() as progress, contextlib.ExitStack() as stack:
         source: WeightSource
         if weights == "dummy":
             from gemma4_export.exporter.dummy import DummySource
@@ -60,9 +61,15 @@ def build(
         else:
             from gemma4_export.exporter.checkpoint import Checkpoint
 
-            folder = checkpoint or _download(released.hub_id if released else str(model))
-            source = stack.enter_context(Checkpoint(folder))
-            name = _name(source, folder)
+            if checkpoint is None:
+                from gemma4_export.exporter.hub import download
+
+                hub_id = released.hub_id if released else str(model)
+                checkpoint = download(hub_id, on_progress=functools.partial(progress, "download"))
+                name = name_of(hub_id)
+            else:
+                name = name_of(checkpoint.resolve().name)
+            source = stack.enter_context(Checkpoint(checkpoint))
         options = resolve_options(
             source.config,
             model_name=name,
@@ -74,30 +81,13 @@ def build(
             chunk=chunk,
         )
         artifact = out or Path(f"gemma4-{options.model_name}-{options.target.name}")
-        with BuildProgress() as progress:
-            manifest = build_artifact(source, options, artifact, progress)
+        manifest = build_artifact(source, options, artifact, progress)
     _report(manifest, artifact, time.monotonic() - started)
-
-
-def _download(hub_id: str) -> Path:
-    from gemma4_export.exporter.hub import download
-
-    return download(hub_id)
 
 
 def _is_foreign(model: str) -> bool:
     """A hub id of somebody else's: a fine-tune, named as the hub names it."""
     return "/" in model and not model.lower().startswith("google/")
-
-
-def _name(source: WeightSource, folder: Path) -> str:
-    """A released size by its structure, else the folder's own name."""
-    from gemma4_export.exporter.tokenizer_files import read_chat_template
-
-    size = recognise(source.config)
-    if size is None:
-        return folder.resolve().name
-    return size if read_chat_template(folder) else f"{size}-base"
 
 
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:

@@ -10,7 +10,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from gemma4_export.exporter.build import Stage
 
-_TITLES: dict[Stage, str] = {"trace": "tracing the graph", "weights": "writing weights", "package": "packaging"}
+_TITLES: dict[Stage, str] = {
+    "download": "downloading",
+    "trace": "tracing the graph",
+    "weights": "writing weights",
+    "package": "packaging",
+}
+_IN_BYTES: tuple[Stage, ...] = ("download", "weights")
 
 
 class BuildProgress:
@@ -45,6 +51,6 @@ class BuildProgress:
         if done >= total:
             seconds = time.monotonic() - start
             amount = (
-                f", {total / 1e6:.1f} MB at {total / 1e6 / max(seconds, 1e-3):.0f} MB/s" if stage == "weights" else ""
+                f", {total / 1e6:.1f} MB at {total / 1e6 / max(seconds, 1e-3):.0f} MB/s" if stage in _IN_BYTES else ""
             )
             self._console.print(f"{_TITLES[stage]}: {seconds:.1f} s{amount}", highlight=False)

@@ -17,7 +17,7 @@ class StaticReshapes(ir.passes.InPlacePass):
             if node.op_type != "Reshape" or shape is None or node.inputs[1] is None:
                 continue
             sizes = [size if isinstance(size, int) else -1 for size in shape]
-            if sizes.count(-1) > 1 or 0 in sizes or node.inputs[1].const_value is not None:
+            if sizes.count(-1) > 1 or 0 in sizes or ir.convenience.get_const_tensor(node.inputs[1]) is not None:
                 continue
             op = NodeBuilder()
             constant = op.ints(*sizes)

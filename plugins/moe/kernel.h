@@ -24,7 +24,7 @@ enum class MoePath : int32_t { kAuto = 0, kNaive = 1, kFewTokens = 2, kManyToken
 inline constexpr int kMaxExperts = 1024;
 inline constexpr int kMaxTopK = 32;
 // Up to here every token streams its own experts' weights; beyond, rows are grouped by expert.
-inline constexpr int64_t kFewTokens = 8;
+inline constexpr int64_t kFewTokens = 16;
 
 struct MoeSizes {
   int64_t num_tokens;         // T, may be 0

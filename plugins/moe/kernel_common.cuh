@@ -86,60 +86,76 @@ __device__ float int8_code(uint32_t word) {
   return __uint_as_float(bits) - 8388736.0f;
 }
 
-// Routing of one token by one block. An expert's rank is the number of experts that beat it: a larger logit, or the
-// same logit and a lower index. That needs no sort, decides ties, and every expert is ranked independently.
+__device__ float sum_over_warp(float x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
+  return x;
+}
+
+// Routing of one token by one warp: top_k times the largest logit that is left, the lowest index among equals.
 // p[i] / sum of the chosen p = exp(l[i] - max) / sum of the chosen exp(l - max): the softmax's denominator cancels.
-// A NaN beats nobody and nobody beats it, so it is looked for: all weights are NaN then, the experts any valid ones.
 
 struct Routing {
-  bool has_nan;
-  float logits[kMaxExperts];
-  float chosen[kMaxTopK];
+  uint32_t keys[kMaxExperts];
   int experts[kMaxTopK];
   float weights[kMaxTopK];
 };
 
-__device__ void route(const Router& router, int64_t token, Routing* shared) {
-  if (threadIdx.x == 0) shared->has_nan = false;
-  for (int j = threadIdx.x; j < router.top_k; j += blockDim.x) {
-    shared->experts[j] = j;
-    shared->chosen[j] = 0.0f;
-  }
-  for (int e = threadIdx.x; e < router.num_experts; e += blockDim.x) {
-    shared->logits[e] = load_float(router.logits, router.type, token * router.num_experts + e);
-  }
-  __syncthreads();
-  for (int e = threadIdx.x; e < router.num_experts; e += blockDim.x) {
-    const float logit = shared->logits[e];
-    int rank = 0;
-    for (int other = 0; other < router.num_experts; ++other) {
-      const float rival = shared->logits[other];
-      rank += rival > logit || (rival == logit && other < e);
-    }
-    if (isnan(logit)) {
-      shared->has_nan = true;
-    } else if (rank < router.top_k) {
-      shared->experts[rank] = e;
-      shared->chosen[rank] = logit;
-    }
-  }
-  __syncthreads();
-  for (int j = threadIdx.x; j < router.top_k; j += blockDim.x) {
-    float sum = 0.0f;
-    for (int i = 0; i < router.top_k; ++i) sum += expf(shared->chosen[i] - shared->chosen[0]);
-    const float scale = load_float(router.per_expert_scale, router.type, shared->experts[j]);
-    const float weight = expf(shared->chosen[j] - shared->chosen[0]) / sum * scale;
-    shared->weights[j] = shared->has_nan ? nanf("") : weight;
-  }
-  __syncthreads();
+// Unsigned numbers in the order of floats. NaN comes first, so it is chosen and makes every weight NaN; 0 comes after
+// -inf and stands for an expert already taken.
+__device__ uint32_t sort_key(float x) {
+  if (isnan(x)) return 0xffffffffu;
+  const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 becomes +0: equal logits have equal keys
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// Pair p = token * top_k + j: experts[p], weights[p].
-__global__ void route_tokens(Router router, int* experts, float* weights) {
-  __shared__ Routing routing;
-  const int64_t token = blockIdx.x;
-  route(router, token, &routing);
-  for (int j = threadIdx.x; j < router.top_k; j += blockDim.x) {
+__device__ void route_with_warp(const Router& router, int64_t token, Routing* shared) {
+  static_assert(kMaxTopK <= kWarp, "lane j holds the j-th chosen expert");
+  const int lane = threadIdx.x % kWarp;
+  const int64_t first = token * router.num_experts;
+  for (int e = lane; e < router.num_experts; e += kWarp) {
+    shared->keys[e] = sort_key(load_float(router.logits, router.type, first + e));
+  }
+  __syncwarp();
+  for (int j = 0; j < router.top_k; ++j) {
+    uint32_t best = 0, expert = 0xffffffffu;
+    for (int e = lane; e < router.num_experts; e += kWarp) {
+      const uint32_t key = shared->keys[e];
+      if (key > best) {
+        best = key;
+        expert = e;
+      }
+    }
+    const uint32_t winner = __reduce_max_sync(kAllLanes, best);
+    expert = __reduce_min_sync(kAllLanes, best == winner ? expert : 0xffffffffu);
+    if (lane == 0) {
+      shared->experts[j] = static_cast<int>(expert);
+      shared->keys[expert] = 0;
+    }
+    __syncwarp();
+  }
+  const int expert = lane < router.top_k ? shared->experts[lane] : shared->experts[0];
+  const float logit = load_float(router.logits, router.type, first + expert);
+  const float largest = __shfl_sync(kAllLanes, logit, 0);
+  const float power = lane < router.top_k ? expf(logit - largest) : 0.0f;
+  const float sum = sum_over_warp(power);
+  if (lane < router.top_k) {
+    shared->weights[lane] = power / sum * load_float(router.per_expert_scale, router.type, expert);
+  }
+}
+
+// Pair p = token * top_k + j: experts[p], weights[p]. A warp per token.
+constexpr int kRouteWarps = 4;
+__global__ void __launch_bounds__(kRouteWarps* kWarp)
+    route_tokens(Router router, int64_t num_tokens, int* experts, float* weights) {
+  __shared__ Routing routings[kRouteWarps];
+  Routing& routing = routings[threadIdx.x / kWarp];
+  const int64_t token = int64_t{blockIdx.x} * kRouteWarps + threadIdx.x / kWarp;
+  if (token >= num_tokens) return;
+  route_with_warp(router, token, &routing);
+  __syncwarp();
+  const int j = threadIdx.x % kWarp;
+  if (j < router.top_k) {
     experts[token * router.top_k + j] = routing.experts[j];
     weights[token * router.top_k + j] = routing.weights[j];
   }

@@ -170,8 +170,9 @@ cudaError_t launch(const MoeSizes& sizes, const MoeTypes& types, const MoeTensor
       const size_t floats = staged_floats<kFormat>(length);
       return (floats + (kIsInt4<kFormat> ? floats / kPerChunk<kFormat> : 0)) * sizeof(float);
     };
-    few_gate_up<Real, kFormat><<<dim3(blocks_for(F, kGateUpWarps), static_cast<unsigned>(pairs)), kGateUpWarps * kWarp,
-                                 staged(E), stream>>>(hidden_states, router, gate_up, space.activated);
+    const dim3 gate_up_grid(blocks_for(F, kGateUpWarps * 2), static_cast<unsigned>(pairs));
+    few_gate_up<Real, kFormat><<<gate_up_grid, kGateUpWarps * kWarp, staged(E), stream>>>(hidden_states, router,
+                                                                                          gate_up, space.activated);
     cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
     return launch_early(few_down<Real, kFormat>,
@@ -179,7 +180,8 @@ cudaError_t launch(const MoeSizes& sizes, const MoeTypes& types, const MoeTensor
                         kDownWarps * kWarp, staged(top_k * F), stream, router, down, space.activated, output);
   }
 
-  route_tokens<<<static_cast<unsigned>(sizes.num_tokens), 128, 0, stream>>>(router, space.experts, space.pair_weights);
+  route_tokens<<<blocks_for(sizes.num_tokens, kRouteWarps), kRouteWarps * kWarp, 0, stream>>>(
+      router, sizes.num_tokens, space.experts, space.pair_weights);
   if (path == MoePath::kNaive) {
     naive_gate_up<Real, kFormat><<<blocks_for(pairs * F, 256), 256, 0, stream>>>(
         hidden_states, gate_up, space.experts, space.pair_weights, top_k, pairs * F, space.activated);

@@ -1,5 +1,5 @@
-// Version 2 of the Gemma4MoE kernel, few tokens: bound by the bytes of the weights. A warp streams two weight rows, 16
-// bytes a lane at a time; the vector they multiply waits in shared memory as fp32, ordered so that 32 lanes, each at
+// Version 2 of the Gemma4MoE kernel, few tokens: bound by the bytes of the weights. A warp streams a few weight rows,
+// 16 bytes a lane at a time; the vector they multiply waits in shared memory as fp32, ordered so that 32 lanes, each at
 // another chunk, read it without bank conflicts.
 #pragma once
 
@@ -22,7 +22,7 @@ __host__ __device__ constexpr int staged_floats(int n) {  // room for n elements
   return (n + kGroup - 1) / kGroup * kGroup;
 }
 
-// int4 codes are read as 136 + code (see dot_chunk), so each chunk's sum of x is needed to take 136 * sum away again.
+// int4 codes are read as 136 + code (see add_word), so each chunk's sum of x is needed to take 136 * sum away again.
 constexpr float kInt4Offset = 136.0f;
 
 template <WeightFormat kFormat>
@@ -38,14 +38,14 @@ __device__ void sum_chunks(const float4* staged, int num_chunks, float* chunk_su
 }
 
 // sums[r] += the dot product of word w of a chunk of row r with x; x points at the lane's first quad, the next are 32
-// float4 apart. Both rows at once, so that x is read once and few of its numbers are held.
-template <typename Real, WeightFormat kFormat>
-__device__ void add_word(const uint32_t (&word)[2], int w, const float4* x, float (&sums)[2]) {
+// float4 apart. All rows at once, so that x is read once and few of its numbers are held.
+template <typename Real, WeightFormat kFormat, int kRows>
+__device__ void add_word(const uint32_t (&word)[kRows], int w, const float4* x, float (&sums)[kRows]) {
   if constexpr (kFormat == WeightFormat::kInt4) {
     const float4 low = x[(2 * w) * kWarp], high = x[(2 * w + 1) * kWarp];
     const float xs[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // Codes i and i + 4 as two bf16 numbers 128 + (code + 8): one shift and one logic operation for both.
@@ -57,7 +57,7 @@ __device__ void add_word(const uint32_t (&word)[2], int w, const float4* x, floa
   } else if constexpr (kFormat == WeightFormat::kInt8) {
     const float4 xs = x[w * kWarp];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       sums[r] = fmaf(int8_code<0>(word[r]), xs.x, sums[r]);
       sums[r] = fmaf(int8_code<1>(word[r]), xs.y, sums[r]);
       sums[r] = fmaf(int8_code<2>(word[r]), xs.z, sums[r]);
@@ -66,7 +66,7 @@ __device__ void add_word(const uint32_t (&word)[2], int w, const float4* x, floa
   } else {
     const float4 xs = x[(w / 2) * kWarp];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const float2 both = unpack_pair(word[r], static_cast<const Real*>(nullptr));
       sums[r] = fmaf(both.x, w % 2 ? xs.z : xs.x, sums[r]);
       sums[r] = fmaf(both.y, w % 2 ? xs.w : xs.y, sums[r]);
@@ -74,25 +74,33 @@ __device__ void add_word(const uint32_t (&word)[2], int w, const float4* x, floa
   }
 }
 
-// Some steps of two rows, loaded before they are needed. A step is one chunk a lane.
-template <int kSteps>
+// Some steps of a few rows, loaded before they are needed. A step is one chunk a lane.
+template <int kSteps, int kRows>
 struct Flight {
-  uint4 chunks[kSteps][2];
-  __half scales[kSteps][2];
+  uint4 chunks[kSteps][kRows];
+  __half scales[kSteps][kRows];
 };
 
-// `row_of(segment, r)` is the index of row r (0 or 1) in segment `segment` of the long dot product; a segment is one
-// row's K weights. gate/up has one segment, down one per chosen expert.
-template <WeightFormat kFormat, bool kOneSegment, int kSteps, typename RowOf>
-__device__ void take_off(Flight<kSteps>& flight, const Weights& weights, int first_step, int num_chunks, RowOf row_of) {
+// The dot product runs over segments, each one row's K weights: gate/up has one, down one per chosen expert.
+// `row_of(segment, r)` is the index of row r there.
+template <WeightFormat kFormat, int kSegments>
+__device__ int segment_of(int chunk, int chunks_per_row) {
+  if constexpr (kSegments == 1) return 0;
+  // Exact far beyond the few thousand chunks that fit into shared memory, and cheaper than an integer division.
+  return __float2int_rd((chunk + 0.5f) * __frcp_rn(static_cast<float>(chunks_per_row)));
+}
+
+template <WeightFormat kFormat, int kSegments, int kSteps, int kRows, typename RowOf>
+__device__ void take_off(Flight<kSteps, kRows>& flight, const Weights& weights, int first_step, int num_chunks,
+                         RowOf row_of) {
   const int chunks_per_row = weights.k / kPerChunk<kFormat>;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     const int chunk = (first_step + s) * kWarp + static_cast<int>(threadIdx.x % kWarp);
-    const int segment = kOneSegment ? 0 : chunk / chunks_per_row;
+    const int segment = segment_of<kFormat, kSegments>(chunk, chunks_per_row);
     const int within = chunk - segment * chunks_per_row;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       flight.chunks[s][r] = make_uint4(0, 0, 0, 0);
       flight.scales[s][r] = __float2half_rn(0.0f);
       if (chunk < num_chunks) {
@@ -108,9 +116,9 @@ __device__ void take_off(Flight<kSteps>& flight, const Weights& weights, int fir
 }
 
 // Scales are applied per chunk: int4 blocks are whole chunks, and the segments of a sum are rows of different experts.
-template <typename Real, WeightFormat kFormat, bool kOneSegment, int kSteps, typename RowOf>
-__device__ void land(const Flight<kSteps>& flight, const Weights& weights, int first_step, int num_chunks,
-                     RowOf row_of, const float4* staged, const float* chunk_sums, float (&sums)[2]) {
+template <typename Real, WeightFormat kFormat, int kSegments, int kSteps, int kRows, typename RowOf>
+__device__ void land(const Flight<kSteps, kRows>& flight, const Weights& weights, int first_step, int num_chunks,
+                     RowOf row_of, const float4* staged, const float* chunk_sums, float (&sums)[kRows]) {
   constexpr int kQuads = kPerChunk<kFormat> / 4;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -118,37 +126,39 @@ __device__ void land(const Flight<kSteps>& flight, const Weights& weights, int f
     const int step = first_step + s, chunk = step * kWarp + lane;
     if (chunk >= num_chunks) continue;
     const float4* x = staged + step * kQuads * kWarp + lane;
-    const uint4 &a = flight.chunks[s][0], &b = flight.chunks[s][1];
-    const uint32_t words[4][2] = {{a.x, b.x}, {a.y, b.y}, {a.z, b.z}, {a.w, b.w}};
-    float dots[2] = {0.0f, 0.0f};
+    float dots[kRows] = {};
 #pragma unroll
-    for (int w = 0; w < 4; ++w) add_word<Real, kFormat>(words[w], w, x, dots);
+    for (int w = 0; w < 4; ++w) {
+      uint32_t words[kRows];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+      for (int r = 0; r < kRows; ++r) {
+        const uint4& c = flight.chunks[s][r];
+        words[r] = w == 0 ? c.x : w == 1 ? c.y : w == 2 ? c.z : c.w;
+      }
+      add_word<Real, kFormat, kRows>(words, w, x, dots);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
       if constexpr (kIsInt4<kFormat>) dots[r] = (dots[r] - chunk_sums[chunk]) * __half2float(flight.scales[s][r]);
       if constexpr (kFormat == WeightFormat::kInt8) {
-        const int64_t row = row_of(kOneSegment ? 0 : chunk / (weights.k / kPerChunk<kFormat>), r);
-        dots[r] *= static_cast<const float*>(weights.scales)[row];
+        const int segment = segment_of<kFormat, kSegments>(chunk, weights.k / kPerChunk<kFormat>);
+        dots[r] *= static_cast<const float*>(weights.scales)[row_of(segment, r)];
       }
       sums[r] += dots[r];
     }
   }
 }
 
-__device__ float sum_over_warp(float x) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
-  return x;
-}
+// Block sizes fit 26B-A4B on 132 multiprocessors: 11 warps of two f make 8 experts 256 blocks, two a multiprocessor; 11
+// warps of two e make 128 blocks. Steps in flight: an int4 row of E = 2816 is 88 chunks, 3 steps; 8 of F = 704 are 6.
+constexpr int kGateUpWarps = 11;
+constexpr int kGateUpSteps = 3;
+constexpr int kDownWarps = 11;
+constexpr int kDownSteps = 6;
 
-constexpr int kGateUpWarps = 8;   // one f each: its gate row and its up row
-constexpr int kGateUpSteps = 3;   // 26B int4: 88 chunks a row, 3 steps
-constexpr int kDownWarps = 4;     // two output elements each
-constexpr int kDownSteps = 6;     // 26B int4: 8 experts of 22 chunks, 6 steps
-
-// Grid (ceil(F / 8), T * top_k). activated[p, f] = weight of pair p * gelu(gate · x) * (up · x).
+// Grid (ceil(F / 22), T * top_k). activated[p, f] = weight of pair p * gelu(gate · x) * (up · x), two f a warp.
 template <typename Real, WeightFormat kFormat>
-__global__ void __launch_bounds__(kGateUpWarps* kWarp, 4)
+__global__ void __launch_bounds__(kGateUpWarps* kWarp, 2)
     few_gate_up(const Real* hidden_states, Router router, Weights gate_up, float* activated) {
   extern __shared__ float4 staged[];
   __shared__ Routing routing;
@@ -158,37 +168,49 @@ __global__ void __launch_bounds__(kGateUpWarps* kWarp, 4)
   const int num_chunks = gate_up.k / kPerChunk<kFormat>;
   float* chunk_sums = reinterpret_cast<float*>(staged) + staged_floats<kFormat>(gate_up.k);
 
-  const Real* x = hidden_states + token * gate_up.k;
-  for (int i = threadIdx.x * 4; i < gate_up.k; i += blockDim.x * 4) {
-    const uint2 four = *reinterpret_cast<const uint2*>(x + i);
-    const Real* values = reinterpret_cast<const Real*>(&four);
-    staged[staged_quad<kFormat>(i)] =
-        make_float4(to_float(values[0]), to_float(values[1]), to_float(values[2]), to_float(values[3]));
+  if (threadIdx.x < kWarp) {
+    route_with_warp(router, token, &routing);
+  } else {  // meanwhile the other warps stage x
+    const Real* x = hidden_states + token * gate_up.k;
+    for (int i = (threadIdx.x - kWarp) * 4; i < gate_up.k; i += (blockDim.x - kWarp) * 4) {
+      const uint2 four = *reinterpret_cast<const uint2*>(x + i);
+      const float2 low = unpack_pair(four.x, static_cast<const Real*>(nullptr));
+      const float2 high = unpack_pair(four.y, static_cast<const Real*>(nullptr));
+      staged[staged_quad<kFormat>(i)] = make_float4(low.x, low.y, high.x, high.y);
+    }
   }
-  route(router, token, &routing);  // its barriers also publish the staged x
+  __syncthreads();
+
+  const int num_f = gate_up.rows / 2;
+  const int f = (blockIdx.x * kGateUpWarps + threadIdx.x / kWarp) * 2;
+  const bool has_rows = f < num_f;  // F is even
+  const int64_t first_row = int64_t{routing.experts[j]} * gate_up.rows + f;
+  const auto row_of = [=](int, int r) { return first_row + r / 2 + (r % 2 ? num_f : 0); };  // gate, up, gate, up
+  Flight<kGateUpSteps, 4> flight;
+  if (has_rows) take_off<kFormat, 1>(flight, gate_up, 0, num_chunks, row_of);
   if constexpr (kIsInt4<kFormat>) {
     sum_chunks<kFormat>(staged, num_chunks, chunk_sums);
     __syncthreads();
   }
+  if (!has_rows) return;
 
-  const int num_f = gate_up.rows / 2;
-  const int f = blockIdx.x * kGateUpWarps + threadIdx.x / kWarp;
-  if (f >= num_f) return;
-  const int64_t gate_row = int64_t{routing.experts[j]} * gate_up.rows + f;
-  const auto row_of = [=](int, int r) { return gate_row + (r ? num_f : 0); };
-  float sums[2] = {0.0f, 0.0f};
-  Flight<kGateUpSteps> flight;
-  for (int step = 0; step * kWarp < num_chunks; step += kGateUpSteps) {
-    take_off<kFormat, true>(flight, gate_up, step, num_chunks, row_of);
-    land<Real, kFormat, true>(flight, gate_up, step, num_chunks, row_of, staged, chunk_sums, sums);
+  float sums[4] = {};
+  land<Real, kFormat, 1>(flight, gate_up, 0, num_chunks, row_of, staged, chunk_sums, sums);
+  for (int step = kGateUpSteps; step * kWarp < num_chunks; step += kGateUpSteps) {
+    take_off<kFormat, 1>(flight, gate_up, step, num_chunks, row_of);
+    land<Real, kFormat, 1>(flight, gate_up, step, num_chunks, row_of, staged, chunk_sums, sums);
   }
-  const float gate = sum_over_warp(sums[0]), up = sum_over_warp(sums[1]);
-  if (threadIdx.x % kWarp == 0) {
-    activated[int64_t{blockIdx.y} * num_f + f] = routing.weights[j] * (gelu_tanh(gate) * up);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float gate = sum_over_warp(sums[2 * i]), up = sum_over_warp(sums[2 * i + 1]);
+    if (threadIdx.x % kWarp == 0) {
+      activated[int64_t{blockIdx.y} * num_f + f + i] = routing.weights[j] * (gelu_tanh(gate) * up);
+    }
   }
 }
 
-// Grid (ceil(E / 8), T). The down projections of all chosen experts are one dot product of length top_k * F.
+// Grid (ceil(E / 22), T), two e a warp. The down projections of all chosen experts are one dot product of length
+// top_k * F.
 template <typename Real, WeightFormat kFormat>
 __global__ void __launch_bounds__(kDownWarps* kWarp)
     few_down(Router router, Weights down, const float* activated, Real* output) {
@@ -201,12 +223,13 @@ __global__ void __launch_bounds__(kDownWarps* kWarp)
 
   // Routing again costs less than reading it back: it lets the weights take off before the previous kernel is done.
   // The router logits are older than the previous kernel, which started only after they were complete.
-  route(router, token, &routing);
+  if (threadIdx.x < kWarp) route_with_warp(router, token, &routing);
+  __syncthreads();
   const int e = (blockIdx.x * kDownWarps + threadIdx.x / kWarp) * 2;
   const bool has_rows = e < down.rows;  // E is even
   const auto row_of = [&](int segment, int r) { return int64_t{routing.experts[segment]} * down.rows + e + r; };
-  Flight<kDownSteps> flight;
-  if (has_rows) take_off<kFormat, false>(flight, down, 0, num_chunks, row_of);
+  Flight<kDownSteps, 2> flight;
+  if (has_rows) take_off<kFormat, kMaxTopK>(flight, down, 0, num_chunks, row_of);
 
   wait_for_previous_kernel();
   for (int i = threadIdx.x * 4; i < length; i += blockDim.x * 4) {
@@ -219,11 +242,11 @@ __global__ void __launch_bounds__(kDownWarps* kWarp)
   }
   if (!has_rows) return;
 
-  float sums[2] = {0.0f, 0.0f};
-  land<Real, kFormat, false>(flight, down, 0, num_chunks, row_of, staged, chunk_sums, sums);
+  float sums[2] = {};
+  land<Real, kFormat, kMaxTopK>(flight, down, 0, num_chunks, row_of, staged, chunk_sums, sums);
   for (int step = kDownSteps; step * kWarp < num_chunks; step += kDownSteps) {
-    take_off<kFormat, false>(flight, down, step, num_chunks, row_of);
-    land<Real, kFormat, false>(flight, down, step, num_chunks, row_of, staged, chunk_sums, sums);
+    take_off<kFormat, kMaxTopK>(flight, down, step, num_chunks, row_of);
+    land<Real, kFormat, kMaxTopK>(flight, down, step, num_chunks, row_of, staged, chunk_sums, sums);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

@@ -9,12 +9,12 @@
 namespace gemma4 {
 namespace {
 
-constexpr int kTileRows = 64;     // pairs
-constexpr int kTileColumns = 128; // weight rows
-constexpr int kTileWords = 32;    // 4-byte words along K: 64 16-bit or 32 tf32 numbers
-constexpr int kPitch = kTileWords + 4;  // 4 words apart, so the 8 rows x 4 words of a fragment hit 32 different banks
+constexpr int kTileRows = 64;      // pairs
+constexpr int kTileColumns = 128;  // weight rows
+constexpr int kTileWords = 32;     // 4-byte words along K: 64 16-bit or 32 tf32 numbers
+constexpr int kPitch = kTileWords + 4;  // words; the 8 rows x 4 words of a fragment then hit 32 different banks
 constexpr int kTileThreads = 128;
-constexpr int kScaleGroup = 32;   // the smallest int4 block: sums of 32 products are scaled
+constexpr int kScaleGroup = 32;  // the smallest int4 block: sums of 32 products are scaled
 
 struct Tile {
   int expert;

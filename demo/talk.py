@@ -1,0 +1,51 @@
+"""``make demo``: build the demo artifact for this machine's processor and hold a short conversation with it, offline."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gemma4_export.runtime import Gemma4
+
+CHECKPOINT = Path("demo/checkpoints/tiny-e")
+ARTIFACT = Path("build/demo/gemma4-tiny-e-cpu")
+# Whether the model may think, and what is said. Each is a conversation of its own, as in the model's training.
+SCRIPT = (
+    (False, "Hello!"),
+    (False, "Who are you?"),
+    (True, "What is 48213 + 93779?"),
+    (True, "What is 345 * 7?"),
+    (False, "Thank you!"),
+)
+_THOUGHT = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
+
+
+def main() -> None:
+    started = time.perf_counter()
+    shutil.rmtree(ARTIFACT, ignore_errors=True)
+    ARTIFACT.parent.mkdir(parents=True, exist_ok=True)
+    command = ["gemma4-export", "build", "--checkpoint", str(CHECKPOINT), "--target", "cpu", "--out", str(ARTIFACT)]
+    print("$", " ".join(command), flush=True)
+    subprocess.run([sys.executable, "-m", "gemma4_export.exporter", *command[1:]], check=True)
+    model = Gemma4.load(ARTIFACT)
+    num_tokens, seconds = 0, 0.0
+    for thinks, text in SCRIPT:
+        print(f"\nyou     {text}")
+        before = time.perf_counter()
+        reply = model.generate([{"role": "user", "content": text}], enable_thinking=thinks)
+        seconds += time.perf_counter() - before
+        num_tokens += len(reply.ids)
+        raw = model.tokenizer.decode(reply.ids, keep_control=True)
+        for thought in _THOUGHT.findall(raw):
+            print("thinks  " + thought.strip().replace("\n", "\n        "))
+        print("gemma   " + _THOUGHT.sub("", raw).removesuffix("<turn|>"))
+    print(f"\n{num_tokens} tokens in {seconds:.1f} s; {time.perf_counter() - started:.0f} s in all, build included")
+    print(f'next: gemma4-run generate {ARTIFACT} --prompt "What is 12 + 30?"')
+
+
+if __name__ == "__main__":
+    main()
