@@ -34,7 +34,10 @@ class Artifact:
         folder = Path(folder)
         path = folder / MANIFEST_NAME
         if (folder / LOCK_NAME).exists():
-            raise ArtifactError(f"{folder}: its build has not finished", hint="wait for it, or run it again")
+            raise ArtifactError(
+                f"{folder}: its build has not finished",
+                hint=f"wait for it; if it was killed: rm -r {folder}, build again",
+            )
         if not path.is_file():
             cause = "no manifest.json in it" if folder.is_dir() else "no such folder"
             raise ArtifactError(f"{folder}: {cause}", hint="an artifact is a folder that gemma4-export build wrote")

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 from gemma4_export.configs.errors import ConfigError, Gemma4Error
 
-CHECK_FAILED, MISUSE, INTERRUPTED = 1, 2, 130
+CHECK_FAILED, MISUSE = 1, 2
+# What the base install leaves out and gemma4-export needs.
+_EXPORT_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "huggingface_hub")
 
 
 def run(command: Callable[[], object]) -> None:
@@ -21,6 +23,15 @@ def run(command: Callable[[], object]) -> None:
         where = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"error: {where}{error.strerror or error}\n")
         sys.exit(CHECK_FAILED)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(INTERRUPTED)
+    except MemoryError as error:
+        sys.stderr.write(f"error: out of memory {error}\nhint: give a smaller --context or recipe\n")
+        sys.exit(CHECK_FAILED)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in _EXPORT_PACKAGES:
+            raise
+        sys.stderr.write(f'error: {package} is not installed\nhint: pip install "gemma4-export[export,cpu]"\n')
+        sys.exit(MISUSE)
+    except UnicodeEncodeError as error:
+        sys.stderr.write(f"error: the terminal's encoding {error.encoding} lacks a character\nhint: PYTHONUTF8=1\n")
+        sys.exit(CHECK_FAILED)

@@ -248,12 +248,11 @@ def _check_numbers(manifest: Manifest) -> None:
             model.num_layers * model.hidden_size_per_layer_input,
         ),
     }
-    rows = manifest.embed_tokens.rows
-    promises.append((rows == model.vocab_size, f"embed_tokens: {rows} rows, expected {model.vocab_size} (model)"))
     for name, (table, columns) in tables.items():
         found = 0 if table is None else table.columns
         promises.append((found == columns, f"{name}: {found} columns, expected {columns} (model)"))
         if table is not None:
+            promises.append((table.rows >= model.vocab_size, f"{name}: {table.rows} rows for {model.vocab_size} ids"))
             end, size = table.end, manifest.files[table.file].bytes
             promises.append((end <= size, f"{name}: ends at byte {end} of {table.file}, which has {size}"))
     for holds, cause in promises:

@@ -146,6 +146,14 @@ class ModelConfig:
         Raises:
             ConfigError: a key is missing, contradicts another, or asks for arithmetic that this version lacks.
         """
+        try:
+            return cls._from_hf(config)
+        except ConfigError as error:
+            hint = "fetch config.json again; if it was edited, undo that: this version reads released structures only"
+            raise error if error.hint else ConfigError(error.cause, hint=hint) from error
+
+    @classmethod
+    def _from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
             raise ConfigError(
@@ -155,7 +163,7 @@ class ModelConfig:
         text = config if model_type.endswith("_text") else config.get("text_config")
         if not isinstance(text, Mapping):
             raise ConfigError(f"config.json: {model_type} needs a text_config, found {type(text).__name__}")
-        unknown = sorted(set(text) - _READ_KEYS - _NEUTRAL_KEYS) if text is not config else []
+        unknown = sorted(set(text) - _READ_KEYS - _NEUTRAL_KEYS)
         if unknown:
             _log.warning("config.json: text_config keys not known to this version, ignored: %s", ", ".join(unknown))
         return _resolve(_Reader(text), config, is_drafter=model_type.endswith("_assistant"))
@@ -188,7 +196,7 @@ def _resolve(read: _Reader, config: Mapping[str, Any], *, is_drafter: bool) -> M
     text = read.values
     _refuse_other_arithmetic(text, config)
     layers = _resolve_layers(read, is_drafter=is_drafter)
-    softcap = text.get("final_logit_softcapping")
+    softcap, vocab_size = text.get("final_logit_softcapping"), read("vocab_size", int)
     ple_size = read("hidden_size_per_layer_input", int, minimum=0, default=0)
     shares_kv = any(not layer.owns_kv for layer in layers)
     if shares_kv and not is_drafter and ple_size == 0:
@@ -196,12 +204,13 @@ def _resolve(read: _Reader, config: Mapping[str, Any], *, is_drafter: bool) -> M
         raise ConfigError("config.json: num_kv_shared_layers > 0 needs hidden_size_per_layer_input > 0, found 0")
     return ModelConfig(
         model_type=_MODEL_TYPES[config["model_type"]],  # type: ignore[arg-type]  # the table holds the two literals
-        vocab_size=read("vocab_size", int),
+        vocab_size=vocab_size,
         hidden_size=read("hidden_size", int),
         layers=layers,
         rms_norm_eps=read("rms_norm_eps", float, minimum=0.0),
         hidden_size_per_layer_input=ple_size,
-        vocab_size_per_layer_input=read("vocab_size_per_layer_input", int) if ple_size else 0,
+        # Every token looks its row up, so a shorter table would fail in the middle of a prompt.
+        vocab_size_per_layer_input=read("vocab_size_per_layer_input", int, minimum=vocab_size) if ple_size else 0,
         final_logit_softcapping=None if softcap is None else read("final_logit_softcapping", float, minimum=1e-6),
         max_position_embeddings=read("max_position_embeddings", int),
         has_bidirectional_images=text.get("use_bidirectional_attention") == "vision",

@@ -41,7 +41,10 @@ def load_target(name: str) -> Target:
     check_keys(values, {"name", "title", "backends", "chunk"}, optional, where)
     unknown = [backend for backend in values["backends"] if backend not in BACKENDS]
     if unknown or values["name"] != name or values["chunk"] < 1:
-        raise ConfigError(f"{where}: name {values['name']!r}, chunk {values['chunk']}, unknown backends {unknown}")
+        raise ConfigError(
+            f"{where}: name {values['name']!r}, chunk {values['chunk']}, unknown backends {unknown}",
+            hint=f"backends are {', '.join(BACKENDS)}; chunk is at least 1",
+        )
     return Target(
         name=name,
         title=values["title"],

@@ -33,4 +33,4 @@ def check_keys(values: Mapping[str, Any], required: set[str], optional: set[str]
             raise ConfigError(f"{where}: unknown key {key!r}", hint=nearest(key, required | optional))
     missing = sorted(required - set(values))
     if missing:
-        raise ConfigError(f"{where}: key {missing[0]!r} is missing")
+        raise ConfigError(f"{where}: key {missing[0]!r} is missing", hint=f"add {missing[0]} = …")

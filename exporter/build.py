@@ -102,10 +102,13 @@ def resolve_lengths(config: ModelConfig, target: Target, *, context: int | None,
     longest = config.max_position_embeddings
     context = longest if context is None else context
     if not 1 <= context <= longest:
-        raise ConfigError(f"--context {context}: expected 1 to {longest}, the model's max_position_embeddings")
+        raise ConfigError(
+            f"--context {context}: expected 1 to {longest}, the model's max_position_embeddings",
+            hint=f"--context {longest}, or leave it out",
+        )
     chunk = min(target.chunk, context) if chunk is None else chunk
     if not 1 <= chunk <= context:
-        raise ConfigError(f"--chunk {chunk}: expected 1 to {context}, the context")
+        raise ConfigError(f"--chunk {chunk}: expected 1 to {context}, the context", hint="leave --chunk out")
     return context, chunk
 
 

@@ -38,7 +38,7 @@ def partial_folder(out: Path) -> Iterator[Path]:
     with lock.open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             handle.seek(0)
             owner = handle.read().strip() or "unknown process"
             raise ConfigError(

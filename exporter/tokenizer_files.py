@@ -38,6 +38,17 @@ def copy_tokenizer(checkpoint: Path, folder: Path, *, vocab_size: int) -> None:
             f"tokenizer.json: token id {highest}, the model's vocabulary has {vocab_size}",
             hint="tokenizer.json and config.json belong to different models",
         )
+    generation = _read_json(folder / "generation_config.json")
+    for key in ("eos_token_id", "suppress_tokens"):
+        value = generation.get(key)
+        for index in value if isinstance(value, list) else [] if value is None else [value]:
+            if not isinstance(index, int) or not 0 <= index < vocab_size:
+                raise ConfigError(
+                    f"generation_config.json: {key}: {index!r} is no id of a vocabulary of {vocab_size}",
+                    hint="generation_config.json and config.json belong to different models",
+                )
+    if generation.get("eos_token_id") in (None, []):
+        raise ConfigError("generation_config.json: no eos_token_id, so nothing would stop", hint="download it again")
     template = read_chat_template(checkpoint)
     if template is not None:
         (folder / CHAT_TEMPLATE).write_bytes(template.encode())

@@ -28,8 +28,8 @@ _TOKENS, _ROWS, _SLIDING_SLOTS, _GLOBAL_SLOTS = 5, 3, 11, 13
 def trace_decoder(config: ModelConfig) -> ir.Model:
     """The decoder graph of ``config``, one sequence (B = 1), with every size of a call dynamic.
 
-    Initialisers carry the checkpoint's names and no data: ``passes/place_weights.py`` points them at the artifact's
-    files. Dynamic axes are named T, R, sliding_slots and global_slots.
+    Initialisers carry the checkpoint's names and no data: ``passes/place_initializers.py`` points them at the
+    artifact's files. Dynamic axes are named T, R, sliding_slots and global_slots.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         decoder = Decoder(config).eval()

@@ -49,7 +49,10 @@ class ChatTemplate:
                 f"{self.path}: no chat template here; base checkpoints ship none and cannot chat",
                 hint="use an -it checkpoint, or complete text with gemma4-run generate ARTIFACT --raw --prompt TEXT",
             )
-        self.source = self.path.read_text(encoding="utf-8")
+        try:
+            self.source = self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.path}: not UTF-8 ({error.reason})", hint="copy the file again") from error
         if special_tokens is None:
             special_tokens = read_special_tokens(self.path.parent)
         self.special_tokens = dict(special_tokens)
@@ -156,14 +159,19 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
         return dict(DEFAULT_SPECIAL_TOKENS)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}", hint="copy the tokenizer files again") from error
-    # transformers once wrote {"content": "<bos>", "lstrip": false, ...} instead of the string
-    tokens = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name.endswith("_token") and isinstance(value, (str, dict))
-    }
+    if not isinstance(config, dict):
+        found = type(config).__name__
+        raise ConfigError(f"{path}: expected a JSON object, found {found}", hint="copy the tokenizer files again")
+    tokens = {}
+    for name, value in config.items():
+        if name.endswith("_token") and value is not None:
+            # transformers once wrote {"content": "<bos>", "lstrip": false, ...} instead of the string
+            text = value.get("content") if isinstance(value, dict) else value
+            if not isinstance(text, str):
+                raise ConfigError(f"{path}: {name}: expected a string, found {value!r}", hint="copy the file again")
+            tokens[name] = text
     return DEFAULT_SPECIAL_TOKENS | tokens
 
 

@@ -101,11 +101,17 @@ class Decoder:
     def _check_ids(self, ids: Sequence[int]) -> Int64:
         tokens = _as_array(ids)
         if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ContractError(f"ids: expected a list of at least one integer, found {_describe(tokens)}")
+            raise ContractError(
+                f"ids: expected a list of at least one integer, found {_describe(tokens)}",
+                hint="model.encode(messages) or model.encode_raw(text) makes one",
+            )
         vocab_size = self.manifest.model.vocab_size
         if tokens.min() < 0 or tokens.max() >= vocab_size:
             worst = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
-            raise ContractError(f"ids: {worst} is outside the vocabulary of {vocab_size}")
+            raise ContractError(
+                f"ids: {worst} is outside the vocabulary of {vocab_size}",
+                hint="encode with this artifact's own tokenizer",
+            )
         return tokens.astype(np.int64)
 
     def _check_chunk(self, chunk: int | None) -> int:
@@ -123,10 +129,14 @@ class Decoder:
         if wanted.size == 0:
             return np.zeros(0, np.int64)
         if wanted.ndim != 1 or not np.issubdtype(wanted.dtype, np.integer):
-            raise ContractError(f"rows: expected a list of integers, found {_describe(wanted)}")
+            raise ContractError(
+                f"rows: expected a list of integers, found {_describe(wanted)}", hint="rows=[len(ids) - 1] is the last"
+            )
         if wanted.min() < 0 or wanted.max() >= count:
             worst = int(wanted.min()) if wanted.min() < 0 else int(wanted.max())
-            raise ContractError(f"rows: {worst} is not an index into {count} ids")
+            raise ContractError(
+                f"rows: {worst} is not an index into {count} ids", hint="rows count from the first of ids"
+            )
         return wanted.astype(np.int64)
 
 

@@ -94,11 +94,13 @@ class Gemma4:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         enable_thinking: bool = False,
         **variables: Any,
     ) -> list[int]:
         """Messages to token ids through the checkpoint's own template; control tokens in user text stay plain text.
+
+        ``add_generation_prompt`` None means yes, unless ``continue_final_message`` is among the variables.
 
         Raises:
             ConfigError: a base model, whose checkpoint has no template, or the template refuses the messages.
@@ -183,7 +185,10 @@ class Gemma4:
 
     def _stream_ids(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ContractError(f"max_new_tokens: expected an integer of at least 1, found {max_new_tokens}")
+            raise ContractError(
+                f"max_new_tokens: expected an integer of at least 1, found {max_new_tokens}",
+                hint="leave it out for 256",
+            )
         if len(ids) >= self.context:
             raise ContractError(
                 f"the prompt has {len(ids)} tokens, the context {self.context}, and the answer needs one at least",

@@ -40,7 +40,7 @@ class KVCache:
         self.base = 0
         """Position that lies in slot 0 of the sliding buffers."""
         self.num_compactions = 0
-        self.generation = 0
+        self.num_reallocations = 0
         """Rises whenever a buffer is replaced, so that a session knows to bind again."""
         self._global_slots = min(layout.global_bucket, context)
         self.buffers = {entry.layer: self._allocate(entry) for entry in layout.caches}
@@ -64,7 +64,10 @@ class KVCache:
         window, slots = self.layout.sliding_window, self.layout.sliding_slots
         if window is not None:
             if num_tokens > slots - (window - 1):
-                raise ContractError(f"a call of {num_tokens} tokens is longer than the chunk of {slots - (window - 1)}")
+                raise ContractError(
+                    f"a call of {num_tokens} tokens is longer than the chunk of {slots - (window - 1)}",
+                    hint="let forward cut the ids into chunks",
+                )
             if end - self.base > slots:
                 self._compact(window - 1)
         if end > self._global_slots:
@@ -109,7 +112,7 @@ class KVCache:
                 for old, new in zip(self.buffers[entry.layer], grown, strict=True):
                     new[:, :, : self.length] = old[:, :, : self.length]
                 self.buffers[entry.layer] = grown
-        self.generation += 1
+        self.num_reallocations += 1
 
 
 def move_slots(buffer: Float32, first: int, count: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ArtifactError
 from gemma4_export.configs.manifest import Manifest
+from gemma4_export.configs.target import BUILT_BACKEND
 from gemma4_export.runtime.kv_cache import KVCache
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,8 +32,11 @@ def open_session(artifact: Artifact) -> Session:
             another graph.
     """
     graph = artifact.manifest.graphs["decoder"]
-    if graph.backend != "ort-cpu":
-        raise ArtifactError(f"graphs.decoder: this version cannot run backend {graph.backend!r}, only ort-cpu")
+    if graph.backend != BUILT_BACKEND:
+        raise ArtifactError(
+            f"graphs.decoder: this version runs {BUILT_BACKEND} only, not {graph.backend!r}",
+            hint="build for --target cpu, or pip install --upgrade gemma4-export",
+        )
     from gemma4_export.runtime.session_ort import OrtSession
 
     session = OrtSession(artifact.path(graph.file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,14 @@ class OrtSession:
         self.input_shapes: dict[str, list[int | str]] = {node.name: node.shape for node in self._session.get_inputs()}
         """As the graph declares them; a size that changes from call to call is a name."""
         self._binding: Any = None
-        self._bound: tuple[int, int] | None = None
+        # Weak: a finished sequence must not keep its cache until the next one begins.
+        self._cache: weakref.ref[KVCache] | None = None
+        self._bound_reallocations = -1
 
     def run(self, feeds: Mapping[str, Array], cache: KVCache) -> Array:
         """Run one call. Returns logits [R, V] float32; ``cache`` holds this call's keys and values afterwards."""
-        if self._bound != (id(cache), cache.generation):
+        is_bound = self._cache is not None and self._cache() is cache
+        if not is_bound or self._bound_reallocations != cache.num_reallocations:
             self._bind_cache(cache)
         for name, array in feeds.items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
@@ -65,6 +69,5 @@ class OrtSession:
                 at = ("cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
                 self._binding.bind_input(f"past_key_values.{layer}.{part}", *at)
                 self._binding.bind_output(f"present.{layer}.{part}", *at)
-        # The binding holds raw addresses: the cache must live as long as it does.
-        self._cache = cache
-        self._bound = (id(cache), cache.generation)
+        self._cache = weakref.ref(cache)
+        self._bound_reallocations = cache.num_reallocations

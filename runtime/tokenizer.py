@@ -212,7 +212,7 @@ def _id_list(path: Path, key: str) -> tuple[int, ...]:
         raise ConfigError(f"{path}: no such file", hint="copy the checkpoint's generation_config.json into this folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}", hint="copy the checkpoint's file again") from error
     value = config.get(key) if isinstance(config, dict) else None
     ids = [] if value is None else value if isinstance(value, list) else [value]

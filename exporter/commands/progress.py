@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from gemma4_export.exporter.build import Stage
 
@@ -26,13 +26,13 @@ class BuildProgress:
         self._console = Console(stderr=True)
         self._bars: Progress | None = None
         self._started: dict[Stage, float] = {}
-        self._tasks: dict[Stage, object] = {}
+        self._tasks: dict[Stage, TaskID] = {}
+        self._finished: set[Stage] = set()
 
     def __enter__(self) -> BuildProgress:
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[unit]}"))
-            sizes = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-            self._bars = Progress(*columns, *sizes, console=self._console, transient=True)
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
+            self._bars = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
             self._bars.start()
         return self
 
@@ -43,14 +43,15 @@ class BuildProgress:
             self._bars.stop()
 
     def __call__(self, stage: Stage, what: str, done: int, total: int) -> None:
-        start = self._started.setdefault(stage, time.monotonic())
+        """Show ``done`` of ``total``; a stage that is done twice is reported once."""
+        seconds = time.monotonic() - self._started.setdefault(stage, time.monotonic())
+        speed = f"{done / 1e6 / max(seconds, 1e-3):.0f} MB/s"
         if self._bars is not None:
             if stage not in self._tasks:
-                self._tasks[stage] = self._bars.add_task(_TITLES[stage], total=total, unit=what)
-            self._bars.update(self._tasks[stage], completed=done, unit=what)  # type: ignore[arg-type]
-        if done >= total:
-            seconds = time.monotonic() - start
-            amount = (
-                f", {total / 1e6:.1f} MB at {total / 1e6 / max(seconds, 1e-3):.0f} MB/s" if stage in _IN_BYTES else ""
-            )
+                self._tasks[stage] = self._bars.add_task(_TITLES[stage], total=total, detail="")
+            sizes = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {speed}, " if stage in _IN_BYTES else ""
+            self._bars.update(self._tasks[stage], completed=done, detail=sizes + what)
+        if done >= total and stage not in self._finished:
+            self._finished.add(stage)
+            amount = f", {total / 1e6:.1f} MB at {speed}" if stage in _IN_BYTES else ""
             self._console.print(f"{_TITLES[stage]}: {seconds:.1f} s{amount}", highlight=False)

@@ -27,7 +27,7 @@ class LowerAttention(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         # All layers of one type see the same run: its mask is computed once, before the first of them.
-        runs: dict[tuple[int, ...], _Run] = {}
+        runs: dict[tuple[int, int, str], _Run] = {}
         modified = False
         for node in nodes_of(model, "Gemma4Attention", "Gemma4SharedAttention"):
             op = NodeBuilder()
@@ -56,10 +56,10 @@ class LowerAttention(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def _slots(cache: ir.Value) -> int:
-    """Tells caches of different numbers of slots apart by the name of that axis."""
+def _slots(cache: ir.Value) -> str:
+    """The name of a cache's slot axis, which tells sliding and global caches apart."""
     assert cache.shape is not None
-    return hash(str(cache.shape[2]))
+    return str(cache.shape[2])
 
 
 def _visible_run(node: ir.Node, start: ir.Value | None, end: ir.Value, cache: ir.Value) -> _Run:

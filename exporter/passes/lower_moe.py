@@ -26,31 +26,36 @@ class LowerMoE(ir.passes.InPlacePass):
             hidden_states, gate_up, down = input_of(node, 0), input_of(node, 3), input_of(node, 4)
             num_experts, hidden_size, width = (dim(down, axis) for axis in range(3))
             op = NodeBuilder()
+            top_k = attribute(node, "top_k")
             rows = op("Reshape", hidden_states, op.ints(-1, hidden_size))
-            experts, weights = _route(op, input_of(node, 1), input_of(node, 2), attribute(node, "top_k"))
-            flat_experts, flat_weights = op("Reshape", experts, op.ints(-1)), op("Reshape", weights, op.ints(-1, 1))
+            experts, weights = _route(op, input_of(node, 1), input_of(node, 2), top_k)
+            choices = op("Reshape", experts, op.ints(-1))  # [rows * top_k], the choices of one row side by side
             places, outputs = [], []
             for expert in range(num_experts):
                 up_weight = _expert_initializer(model, gate_up, expert, (2 * width, hidden_size))
                 down_weight = _expert_initializer(model, down, expert, (hidden_size, width))
-                # Positions in the flattened [rows, top_k] choice; integer division by top_k gives the row.
-                is_mine = op("Equal", flat_experts, op.scalar(expert, ir.DataType.INT64))
+                is_mine = op("Equal", choices, op.scalar(expert, ir.DataType.INT64))
                 place = op("Squeeze", op("NonZero", is_mine), op.ints(0))
-                token = op("Div", place, op.scalar(attribute(node, "top_k"), ir.DataType.INT64))
-                both = self.matmul(op, model, op("Gather", rows, token, axis=0), up_weight)
-                gate, up = op.several("Split", 2, both, num_outputs=2, axis=1)
+                mine = op("Gather", rows, op("Div", place, op.scalar(top_k, ir.DataType.INT64)), axis=0)
+                gate, up = op.several("Split", 2, self.matmul(op, model, mine, up_weight), num_outputs=2, axis=1)
                 gated = op("Mul", op("Gelu", gate, approximate="tanh"), up)
-                expert_output = self.matmul(op, model, gated, down_weight)
-                outputs.append(op("Mul", expert_output, op("Gather", flat_weights, place, axis=0)))
-                places.append(token)
-            total = op(
+                outputs.append(self.matmul(op, model, gated, down_weight))
+                places.append(place)
+            # Every place is written once. Adding into rows instead (ScatterND with a reduction) loses updates:
+            # onnxruntime's CPU kernel adds from several threads at once.
+            scattered = op(
                 "ScatterND",
-                op("ConstantOfShape", op("Shape", rows), value=ir.tensor([0.0], dtype=ir.DataType.FLOAT)),
+                op(
+                    "Expand",
+                    op.scalar(0.0, ir.DataType.FLOAT),
+                    op("Concat", op("Shape", choices), op.ints(hidden_size), axis=0),
+                ),
                 op("Unsqueeze", op("Concat", *places, axis=0), op.ints(-1)),
                 op("Concat", *outputs, axis=0),
-                reduction="add",
             )
-            op.replace(node, [op("Reshape", total, op("Shape", hidden_states))])
+            by_row = op("Reshape", scattered, op.ints(-1, top_k, hidden_size))
+            weighted = op("MatMul", op("Reshape", weights, op.ints(-1, 1, top_k)), by_row)  # [rows, 1, E]
+            op.replace(node, [op("Reshape", weighted, op("Shape", hidden_states))])
             modified = True
         return ir.passes.PassResult(model, modified)
 
