@@ -25,7 +25,9 @@ Activations = Literal["int8", "fp32"]
 
 def build(
     target: Annotated[str, typer.Option(help="Where it will run, e.g. cpu.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder: config.json and *.safetensors.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder: config.json with *.safetensors, or with one *.gguf.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Released model, e.g. e2b or 26b-a4b-base, or a hub id.")] = None,
     weights: Annotated[Weights, typer.Option(help="dummy: random weights of --model, for sizes and speed.")] = "model",
     recipe: Annotated[
@@ -58,10 +60,10 @@ def build(
                 raise ConfigError(f"--weights dummy knows released sizes only, not {model}", hint="--model e2b")
             source, name = DummySource(released.config), f"{released.name}-dummy"
         else:
-            from gemma4_export.exporter.checkpoint import Checkpoint
+            from gemma4_export.exporter.source import open_source
 
             folder = checkpoint or _download(released.hub_id if released else str(model))
-            source = stack.enter_context(Checkpoint(folder))
+            source = stack.enter_context(open_source(folder))
             name = _name(source, folder)
         options = resolve_options(
             source.config,
