@@ -60,6 +60,7 @@ def check_scheme(scheme: Any) -> None:
     for key, what in (
         ("kv_cache_scheme", "a quantised KV cache"),
         ("sparsity_config", "sparse weights"),
+        ("moe_sparsity_config", "pruned experts"),
         ("transform_config", "rotated weights"),
     ):
         if scheme.get(key):
