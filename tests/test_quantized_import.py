@@ -362,9 +362,7 @@ _BY_ACTIVATION = {
         (block_with(config_groups={"a": 3}), "config_groups.a: expected an object, found 3"),
         (block_with(config_groups={"a": {}}), "config_groups.a.weights: expected an object, found None"),
         (
-            _with(
-                _w4a16(), config_groups={"a": _w4a16()["config_groups"]["group_0"] | {"input_activations": {"a": 8}}}
-            ),
+            group_with(input_activations={"num_bits": 8}),
             "config_groups.a.input_activations: activations are quantised",
         ),
         (group_with(weights=_BY_ACTIVATION), "config_groups.a.weights.actorder: 'group', its columns are permuted"),
