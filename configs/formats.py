@@ -9,36 +9,39 @@ from gemma4_export.configs.errors import ConfigError, nearest
 
 Kind = Literal["float32", "bfloat16", "int8", "int4"]
 BLOCKS = (32, 64, 128)
-"""Weights along K that share one int4 scale."""
+"""Weights along K that can share one scale."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
     """How a matrix [N, K] is stored.
 
-    ``int8``: signed codes with one scale per row. ``int4``: signed codes -8…7, low nibble first, with one scale per
-    ``block`` weights along K. A weight is its code times its scale; there are no zero points.
+    ``int8``: signed codes -128…127. ``int4``: signed codes -8…7, low nibble first. One scale per ``block`` weights
+    along K; ``int8`` without a block has one scale per row. A weight is its code times its scale; no zero points.
     """
 
     kind: Kind
     block: int = 0
 
     def __str__(self) -> str:
-        return f"int4/{self.block}" if self.kind == "int4" else self.kind
+        return f"{self.kind}/{self.block}" if self.block else self.kind
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat:
-        """``float32``, ``bfloat16``, ``int8`` or ``int4/BLOCK``.
+        """``float32``, ``bfloat16``, ``int8``, ``int8/BLOCK`` or ``int4/BLOCK``.
 
         Raises:
             ConfigError: it is none of these.
         """
         known = {str(form): form for form in (cls("float32"), cls("bfloat16"), cls("int8"))}
-        blocks = {str(form): form for form in (cls("int4", size) for size in BLOCKS)}
-        known |= blocks
+        known |= {str(form): form for form in (cls(kind, size) for kind in ("int4", "int8") for size in BLOCKS)}
         if text not in known:
             # Of "int4" alone the nearest spelling would be int8.
-            hint = f"known: {', '.join(blocks)}" if text.startswith("int4") else nearest(text, known)
+            hint = (
+                f"known: {', '.join(name for name in known if name.startswith('int4'))}"
+                if text.startswith("int4")
+                else nearest(text, known)
+            )
             raise ConfigError(f"weight format {text!r} is not known", hint=hint)
         return known[text]
 
@@ -57,7 +60,7 @@ class WeightFormat:
         Raises:
             ConfigError: the hint names the largest block that does, if any.
         """
-        if self.kind != "int4" or columns % self.block == 0:
+        if not self.block or columns % self.block == 0:
             return
         legal = [size for size in BLOCKS if columns % size == 0]
         hint = f"use block {max(legal)}" if legal else "use int8 for this role"

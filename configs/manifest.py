@@ -55,8 +55,8 @@ class ScalesEntry:
 class TableEntry:
     """Rows that the host gathers: the embedding of token i is row i times ``scale``, in float32.
 
-    ``format`` is float32, bfloat16, int8 or int4/BLOCK (``configs/formats.py``). Codes are stored unsigned, 8 or 128
-    above their signed value, because the decoder's head may read the same bytes.
+    ``format`` is float32, bfloat16, int8, int8/BLOCK or int4/BLOCK (``configs/formats.py``). Codes are stored unsigned,
+    8 or 128 above their signed value, because the decoder's head may read the same bytes.
     """
 
     file: str

@@ -120,7 +120,7 @@ def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_pr
         CheckpointError: a weight file is damaged.
     """
     config = source.config
-    placement = place_weights(source.specs.values(), options.recipe)
+    placement = place_weights(source.specs.values(), options.recipe, wide_scales=source.wide_scales)
     with partial_folder(out) as work:
         source.write_tokenizer(work / TOKENIZER_FOLDER)
         on_progress("trace", f"{config.num_layers} layers on fake tensors", 0, 1)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,14 @@ from gemma4_export.configs.names import (
     redundant_tensors,
 )
 from gemma4_export.exporter.package import hash_file, hash_header
+from gemma4_export.exporter.pread import OpenFiles, damaged
+from gemma4_export.exporter.quantize import QuantizedRows
 from gemma4_export.exporter.tokenizer_files import copy_tokenizer
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 # What a Gemma 4 checkpoint can hold as plain weights. Integer and 8-bit dtypes mean a quantised one.
-_FLOATS: dict[str, np.dtype[Any]] = {
+FLOATS: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -52,7 +55,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Segment:
+class Segment:
     """Consecutive rows of one stored tensor that are part of a decoder weight."""
 
     stored_name: str
@@ -69,16 +72,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise _damaged(path, f"{size} bytes is too short for a header")
+            raise damaged(path, f"{size} bytes is too short for a header")
         (header_bytes,) = struct.unpack("<Q", prefix)
         if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
-            raise _damaged(path, f"its header claims {header_bytes} bytes, the file has {size}")
+            raise damaged(path, f"its header claims {header_bytes} bytes, the file has {size}")
         try:
             header = json.loads(file.read(header_bytes))
         except (ValueError, RecursionError) as error:
-            raise _damaged(path, f"its header of {header_bytes} bytes is not JSON ({error})") from error
+            raise damaged(path, f"its header of {header_bytes} bytes is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise _damaged(path, "its header is no JSON object")
+        raise damaged(path, "its header is no JSON object")
     data_start, tensors = 8 + header_bytes, {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -87,20 +90,20 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             dtype, shape = str(entry["dtype"]), _sizes(entry["shape"])
             begin, end = _sizes(entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, f"{name}: its header entry is malformed ({error!r})") from error
+            raise damaged(path, f"{name}: its header entry is malformed ({error!r})") from error
         bits = _ITEM_BITS.get(dtype)
         if bits is not None and (end - begin) * 8 != math.prod(shape) * bits:
             needed = math.prod(shape) * bits // 8
-            raise _damaged(path, f"{name}: {dtype} {list(shape)} needs {needed} bytes, has {end - begin}")
+            raise damaged(path, f"{name}: {dtype} {list(shape)} needs {needed} bytes, has {end - begin}")
         tensors[name] = StoredTensor(path, dtype, shape, data_start + begin, end - begin)
     # The format's own rule: tensors fill the file without holes or overlaps.
     position = data_start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
         if tensor.start != position or tensor.num_bytes < 0:
-            raise _damaged(path, f"{name}: begins at byte {tensor.start}, expected {position}")
+            raise damaged(path, f"{name}: begins at byte {tensor.start}, expected {position}")
         position += tensor.num_bytes
     if position != size:
-        raise _damaged(path, f"its tensors end at byte {position}, the file has {size}")
+        raise damaged(path, f"its tensors end at byte {position}, the file has {size}")
     return tensors
 
 
@@ -110,12 +113,10 @@ def _sizes(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _damaged(path: Path, cause: str) -> CheckpointError:
-    return CheckpointError(f"{path.name}: {cause}", hint="the download is incomplete or damaged; fetch this file again")
-
-
 class Checkpoint:
     """A checkpoint folder: its config, its decoder weights by canonical name, and a record of what was read."""
+
+    wide_scales: Collection[str] = frozenset()
 
     def __init__(self, folder: Path) -> None:
         """Open ``folder`` and match every stored tensor against the config.
@@ -125,18 +126,28 @@ class Checkpoint:
             CheckpointError: tensors are missing, misshapen, unknown, or a file is damaged.
         """
         self.folder = folder
-        self.config = ModelConfig.from_hf(read_config(folder))
-        if self.config.drafter is not None:
-            raise ConfigError(
-                f"{folder.name}: a drafter (assistant) has no KV of its own and cannot run alone",
-                hint="give the checkpoint of its target model to --checkpoint",
-            )
-        self.stored = _read_all_headers(folder)
+        self.config = resolve_config(folder, self._read_config())
+        self._files = OpenFiles()
+        self.stored = self._read_stored()
         self.specs = decoder_tensors(self.config)
         self.not_packed = sorted(name for name in self.stored if name.startswith(NOT_PACKED_PREFIXES))
-        self._segments: dict[str, list[_Segment]] = {}
-        self._files: dict[Path, int] = {}
+        self._segments: dict[str, list[Segment]] = {}
         self._match()
+
+    def _read_config(self) -> Mapping[str, Any]:
+        return read_config(self.folder)
+
+    def _read_stored(self) -> dict[str, StoredTensor]:
+        """Name -> where it lies, of every tensor in the folder."""
+        return read_all_headers(self.folder)
+
+    def _read_by_nobody(self, unread: set[str]) -> None:
+        """Remove from ``unread`` what may be there although no decoder weight is made from it."""
+        for name, shape in redundant_tensors(self.config).items():
+            stored_name = self._text_prefix() + name
+            if stored_name in unread:
+                check_shape(stored_name, shape, self.stored[stored_name].shape)
+                unread.remove(stored_name)
 
     def _match(self) -> None:
         prefix = self._text_prefix()
@@ -153,7 +164,7 @@ class Checkpoint:
             missing += [(part, parts[part]) for part in parts if part not in found]
             for part in found:
                 self._check_stored(prefix + part, parts[part])
-            self._segments[name] = [_Segment(prefix + part, math.prod(shape[:-1])) for part, shape in parts.items()]
+            self._segments[name] = [Segment(prefix + part, math.prod(shape[:-1])) for part, shape in parts.items()]
             unread.difference_update(prefix + part for part in found)
         if missing:
             name, shape = missing[0]
@@ -161,10 +172,7 @@ class Checkpoint:
                 f"{self.folder.name}: {len(missing)} decoder tensors are missing, first {name} {list(shape)}",
                 hint="the checkpoint is incomplete, or config.json belongs to another model",
             )
-        for name, shape in redundant_tensors(self.config).items():
-            if prefix + name in unread:
-                check_shape(prefix + name, shape, self.stored[prefix + name].shape)
-                unread.remove(prefix + name)
+        self._read_by_nobody(unread)
         if unread:
             name = min(unread)
             raise CheckpointError(
@@ -181,13 +189,13 @@ class Checkpoint:
     def _check_stored(self, stored_name: str, shape: tuple[int, ...]) -> None:
         stored = self.stored[stored_name]
         check_shape(stored_name, shape, stored.shape)
-        if stored.dtype not in _FLOATS:
+        if stored.dtype not in FLOATS:
             raise CheckpointError(
-                f"{stored_name}: dtype {stored.dtype} is not one of {', '.join(_FLOATS)}",
-                hint="quantised checkpoints are not read by this version; use the bf16 one",
+                f"{stored_name}: dtype {stored.dtype} is not one of {', '.join(FLOATS)}",
+                hint="a quantised checkpoint whose config.json does not say so; use the bf16 one",
             )
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, np.dtype[Any]]:
+    def rows(self, name: str, start: int, stop: int) -> Array:
         """Rows ``start:stop`` of a decoder weight seen as [rows, columns], in the dtype in which it is stored.
 
         Only the bytes asked for are read. Rows that cross stored tensors (experts kept one by one) are joined.
@@ -201,26 +209,17 @@ class Checkpoint:
             first += segment.num_rows
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def slices(self, name: str, form: WeightFormat, max_bytes: int) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+    def slices(self, name: str, form: WeightFormat, max_bytes: int) -> Iterator[Array | QuantizedRows]:
         """All rows of a decoder weight in order, at most ``max_bytes`` of float32 at a time, as they are stored."""
         num_rows, columns = self.specs[name].row_shape
         step = max(1, max_bytes // (columns * 4))
         for start in range(0, num_rows, step):
             yield self.rows(name, start, min(start + step, num_rows))
 
-    def _read(self, stored_name: str, start: int, stop: int, columns: int) -> np.ndarray[Any, np.dtype[Any]]:
+    def _read(self, stored_name: str, start: int, stop: int, columns: int) -> Array:
         stored = self.stored[stored_name]
-        dtype = _FLOATS[stored.dtype]
-        row_bytes = columns * dtype.itemsize
-        if stored.path not in self._files:
-            self._files[stored.path] = os.open(stored.path, os.O_RDONLY)
-        rows = np.empty((stop - start, columns), dtype)
-        buffer, done = rows.view(np.uint8).data.cast("B"), 0
-        while done < len(buffer):
-            count = os.preadv(self._files[stored.path], [buffer[done:]], stored.start + start * row_bytes + done)
-            if count <= 0:
-                raise _damaged(stored.path, f"{stored_name}: ended {len(buffer) - done} bytes early")
-            done += count
+        rows = np.empty((stop - start, columns), FLOATS[stored.dtype])
+        self._files.read(stored.path, stored.start + start * columns * rows.itemsize, rows, stored_name)
         return rows
 
     def sources(self) -> dict[str, FileEntry]:
@@ -237,15 +236,28 @@ class Checkpoint:
         copy_tokenizer(self.folder, folder, vocab_size=self.config.vocab_size)
 
     def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        self._files.close()
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def resolve_config(folder: Path, values: Mapping[str, Any]) -> ModelConfig:
+    """The model of a checkpoint's config.json.
+
+    Raises:
+        ConfigError: it describes no model that this version exports.
+    """
+    config = ModelConfig.from_hf(values)
+    if config.drafter is not None:
+        raise ConfigError(
+            f"{folder.name}: a drafter (assistant) has no KV of its own and cannot run alone",
+            hint="give the checkpoint of its target model to --checkpoint",
+        )
+    return config
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -290,12 +302,12 @@ def weight_files(folder: Path) -> list[Path]:
     if not single.is_file():
         raise CheckpointError(
             f"{folder}: neither model.safetensors nor model.safetensors.index.json",
-            hint="GGUF and PyTorch .bin checkpoints are not read; use the safetensors one",
+            hint="PyTorch .bin checkpoints are not read; use the safetensors one, or a Q4_0 or Q8_0 GGUF",
         )
     return [single]
 
 
-def _read_all_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_all_headers(folder: Path) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         for name, tensor in read_header(path).items():

@@ -48,6 +48,7 @@ class DummySource:
     """The decoder weights of ``config``, drawn at random."""
 
     not_packed: tuple[str, ...] = ()
+    wide_scales: frozenset[str] = frozenset()
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         self.config, self.seed = config, seed
@@ -82,7 +83,8 @@ class DummySource:
         if form.kind == "int8":
             # Sixteen times the code, so that eight bits are used as a trained row would use them.
             codes = _two_at_a_time((_BYTE_CODES * 16).astype(np.int8), packed)
-            return QuantizedRows(form, codes, np.full((stop - start, 1), scale / 16, np.float32))
+            scales = np.full((stop - start, columns // (form.block or columns)), scale / 16, np.float32)
+            return QuantizedRows(form, codes, scales)
         dtype = ml_dtypes.bfloat16 if form.kind == "bfloat16" else np.float32
         return _two_at_a_time((_BYTE_CODES * scale).astype(dtype), packed)
 

@@ -1,7 +1,7 @@
 """Canonical codes and scales to the bytes that a backend reads: each an exact conversion, none rounds.
 
 ``ort-cpu`` is onnxruntime's MatMulNBits: unsigned codes with zero point 8 (int4) or 128 (int8), blocks along K, float32
-scales because its activations are. An int8 row has one scale; MatMulNBits wants one per block, so it is repeated.
+scales because its activations are. Where an int8 row has one scale, it is repeated: MatMulNBits wants one per block.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def matmul_block(form: WeightFormat, columns: int) -> int:
     Raises:
         ConfigError: K is no multiple of 16, the smallest block there is.
     """
-    if form.kind == "int4":
+    if form.block:
         return form.block
     block = _LARGEST_BLOCK
     while columns % block:

@@ -24,7 +24,8 @@ class QuantizedRows:
     """Rows of a quantised weight: its value is code times scale.
 
     ``int4``: codes [n, K // 2] uint8, two signed nibbles each, the lower column in the low one; scales [n, K // block].
-    ``int8``: codes [n, K] int8; scales [n, 1]. Scales are float16 or float32.
+    ``int8``: codes [n, K] int8; scales [n, K // block], or [n, 1] without a block. Scales are float16 or float32; a
+    source's bfloat16 ones are carried as float32, which holds them exactly.
     """
 
     format: WeightFormat
@@ -37,7 +38,7 @@ class QuantizedRows:
 
 
 def quantize(rows: Float32, form: WeightFormat, where: str) -> QuantizedRows:
-    """Round to nearest: scale = max |x| / 7 (int4, per block, float16) or / 127 (int8, per row, float32).
+    """Round to nearest: scale = max |x| of its block or row / 7 (int4, float16) or / 127 (int8, float32).
 
     The scale is rounded to its dtype first and the codes are rounded against that, so that a weight which already is a
     code times such a scale keeps its code.
@@ -92,6 +93,24 @@ def unpack_int4(packed: UInt8) -> np.ndarray[Any, np.dtype[np.int8]]:
     codes[:, 0::2] = (packed << np.uint8(4)).view(np.int8) >> np.int8(4)
     codes[:, 1::2] = packed.view(np.int8) >> np.int8(4)
     return codes
+
+
+def check_scales(rows: QuantizedRows, where: str) -> None:
+    """Refuse codes of a checkpoint that cannot be weights: scales NaN or Inf, or zero where codes are not.
+
+    Raises:
+        CheckpointError: with the number of such scales.
+    """
+    check_finite(rows.scales, f"{where}, scales")
+    is_zero = rows.scales == 0
+    if is_zero.any():
+        codes = rows.codes.reshape(*rows.scales.shape, -1)
+        lost = int((is_zero & (codes != 0).any(axis=2)).sum())
+        if lost:
+            raise CheckpointError(
+                f"{where}: {lost} of {rows.scales.size} scales are 0 where the codes are not",
+                hint="the checkpoint is damaged; fetch it again",
+            )
 
 
 def check_finite(values: Array, where: str) -> None:

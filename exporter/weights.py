@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -97,12 +97,14 @@ class Placement:
         return sizes
 
 
-def place_weights(specs: Iterable[TensorSpec], recipe: Recipe) -> Placement:
+def place_weights(specs: Iterable[TensorSpec], recipe: Recipe, *, wide_scales: Collection[str] = ()) -> Placement:
     """Lay out an ``ort-cpu`` artifact.
 
     Where head and token table have one format, one copy serves both. Each expert of a fused weight is listed as well,
     as a slice of it.
 
+    Args:
+        wide_scales: names of weights whose scales come from a checkpoint that has them in more than float16.
     Raises:
         ConfigError: a recipe's block does not divide the rows of a weight; the hint names one that does.
     """
@@ -113,7 +115,8 @@ def place_weights(specs: Iterable[TensorSpec], recipe: Recipe) -> Placement:
     def place(name: str, source: TensorSpec, role: Role, *, is_matrix: bool) -> None:
         form, file = recipe.format_of(role), _FILES.get(name, _DECODER_FILE)
         form.check_columns(source.row_shape[1], f"{role}, {name}")
-        placed = _place(file, ends, form, source.shape, is_matrix=is_matrix)
+        has_wide_scales = is_matrix or source.name in wide_scales
+        placed = _place(file, ends, form, source.shape, is_matrix=is_matrix, has_wide_scales=has_wide_scales)
         stored.append(StoredWeight(name=name, source=source.name, role=role, placed=placed))
         weights[name] = placed
 
@@ -134,7 +137,13 @@ def place_weights(specs: Iterable[TensorSpec], recipe: Recipe) -> Placement:
 
 
 def _place(
-    file: str, ends: dict[str, int], form: WeightFormat, shape: tuple[int, ...], *, is_matrix: bool
+    file: str,
+    ends: dict[str, int],
+    form: WeightFormat,
+    shape: tuple[int, ...],
+    *,
+    is_matrix: bool,
+    has_wide_scales: bool,
 ) -> PlacedWeight:
     """Append a weight to ``file``. Matrices get the scales that MatMulNBits reads, tables the canonical ones."""
     placed = PlacedWeight(file=file, offset=_align(ends.get(file, 0)), format=form, shape=shape)
@@ -143,7 +152,7 @@ def _place(
         block = matmul_block(form, columns) if is_matrix else form.block or columns
         scales = PlacedScales(
             offset=_align(placed.end),
-            dtype="float32" if is_matrix or form.kind == "int8" else "float16",
+            dtype="float32" if has_wide_scales or form.kind == "int8" else "float16",
             per_row=columns // block,
         )
         placed = replace(placed, scales=scales)

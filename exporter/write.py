@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,6 +46,10 @@ class WeightSource(Protocol):
     def specs(self) -> Mapping[str, TensorSpec]: ...
     @property
     def not_packed(self) -> Sequence[str]: ...
+    @property
+    def wide_scales(self) -> Collection[str]:
+        """Weights that come with scales which float16 does not hold; every table of these needs float32 ones."""
+        ...
 
     def slices(self, name: str, form: WeightFormat, max_bytes: int) -> Iterator[Array | QuantizedRows]:
         """The rows of a weight in order; already quantised where the source holds codes."""
@@ -186,6 +190,7 @@ def _convert(rows: Array | QuantizedRows, placed: PlacedWeight, name: str) -> _S
     assert placed.scales is not None
     if placed.scales.per_row == quantized.scales.shape[1]:
         scales = quantized.scales.astype(placed.scales.dtype, copy=False)
+        assert not kept or np.array_equal(scales, quantized.scales), f"{name}: {placed.scales.dtype} rounds its scales"
     else:
         scales = matmul_scales(quantized, columns)
     return _Slice(offset_codes(quantized), np.ascontiguousarray(scales), stats)

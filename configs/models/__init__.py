@@ -42,6 +42,11 @@ def load_model(name: str) -> ReleasedModel:
     raise ConfigError(f"model {name!r} is not known", hint=nearest(name.lower(), model_names()))
 
 
+def released_ids() -> list[str]:
+    """Every hub id of a released checkpoint, in lower case."""
+    return [model.hub_id.lower() for size in names_in(_FOLDER) for model in _load_size(size)]
+
+
 def name_of(checkpoint: str) -> str:
     """What a checkpoint called ``checkpoint`` (a hub id or a folder) is: a released one's short name, else its own."""
     own_name = checkpoint.rsplit("/", 1)[-1]

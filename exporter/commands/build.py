@@ -12,7 +12,7 @@ import typer
 
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import Manifest
-from gemma4_export.configs.models import load_model, name_of
+from gemma4_export.configs.models import load_model, name_of, released_ids
 from gemma4_export.configs.names import NOT_PACKED_PREFIXES
 from gemma4_export.configs.recipe import load_recipe, recipe_names
 from gemma4_export.configs.target import check_buildable, load_target
@@ -26,7 +26,9 @@ Activations = Literal["int8", "fp32"]
 
 def build(
     target: Annotated[str, typer.Option(help="Where it will run, e.g. cpu.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder: config.json and *.safetensors.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder: config.json with *.safetensors, or with one *.gguf.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Released model, e.g. e2b or 26b-a4b-base, or a hub id.")] = None,
     weights: Annotated[Weights, typer.Option(help="dummy: random weights of --model, for sizes and speed.")] = "model",
     recipe: Annotated[
@@ -59,7 +61,7 @@ def build(
                 raise ConfigError(f"--weights dummy knows released sizes only, not {model}", hint="--model e2b")
             source, name = DummySource(released.config), f"{released.name}-dummy"
         else:
-            from gemma4_export.exporter.checkpoint import Checkpoint
+            from gemma4_export.exporter.source import open_source
 
             if checkpoint is None:
                 from gemma4_export.exporter.hub import download
@@ -69,7 +71,7 @@ def build(
                 name = name_of(hub_id)
             else:
                 name = name_of(checkpoint.resolve().name)
-            source = stack.enter_context(Checkpoint(checkpoint))
+            source = stack.enter_context(open_source(checkpoint))
         options = resolve_options(
             source.config,
             model_name=name,
@@ -86,8 +88,8 @@ def build(
 
 
 def _is_foreign(model: str) -> bool:
-    """A hub id of somebody else's: a fine-tune, named as the hub names it."""
-    return "/" in model and not model.lower().startswith("google/")
+    """A hub id beside the released ones: a fine-tune or a quantised one, named as the hub names it."""
+    return "/" in model and model.lower() not in released_ids()
 
 
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
