@@ -80,10 +80,16 @@ def resolve_options(
     longest = config.max_position_embeddings
     context = longest if context is None else context
     if not 1 <= context <= longest:
-        raise ConfigError(f"--context {context}: expected 1 to {longest}, the model's max_position_embeddings")
-    chunk = min(target.chunk, context) if chunk is None else chunk
+        raise ConfigError(
+            f"--context {context}: expected 1 to {longest}, the model's max_position_embeddings",
+            hint=f"leave --context out for {longest} tokens",
+        )
+    default = min(target.chunk, context)
+    chunk = default if chunk is None else chunk
     if not 1 <= chunk <= context:
-        raise ConfigError(f"--chunk {chunk}: expected 1 to {context}, the context")
+        raise ConfigError(
+            f"--chunk {chunk}: expected 1 to {context}, the context", hint=f"leave --chunk out for {default} tokens"
+        )
     return BuildOptions(model_name=model_name, target=target, recipe=recipe, context=context, chunk=chunk)
 
 

@@ -32,7 +32,10 @@ def open_session(artifact: Artifact) -> Session:
     """
     graph = artifact.manifest.graphs["decoder"]
     if graph.backend != "ort-cpu":
-        raise ArtifactError(f"graphs.decoder: this version cannot run backend {graph.backend!r}, only ort-cpu")
+        raise ArtifactError(
+            f"graphs.decoder: this version cannot run backend {graph.backend!r}, only ort-cpu",
+            hint="build the model for --target cpu",
+        )
     from gemma4_export.runtime.session_ort import OrtSession
 
     session = OrtSession(artifact.path(graph.file))
