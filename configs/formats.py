@@ -37,11 +37,8 @@ class WeightFormat:
         known |= {str(form): form for form in (cls(kind, size) for kind in ("int4", "int8") for size in BLOCKS)}
         if text not in known:
             # Of "int4" alone the nearest spelling would be int8.
-            hint = (
-                f"known: {', '.join(name for name in known if name.startswith('int4'))}"
-                if text.startswith("int4")
-                else nearest(text, known)
-            )
+            blocks = [name for name in known if name.startswith("int4")]
+            hint = f"known: {', '.join(blocks)}" if text.startswith("int4") else nearest(text, known)
             raise ConfigError(f"weight format {text!r} is not known", hint=hint)
         return known[text]
 

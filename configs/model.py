@@ -146,34 +146,30 @@ class ModelConfig:
         Raises:
             ConfigError: a key is missing, contradicts another, or asks for arithmetic that this version lacks.
         """
-        try:
-            return cls._from_hf(config)
-        except ConfigError as error:
-            hint = "fetch config.json again; if it was edited, undo that: this version reads released structures only"
-            raise error if error.hint else ConfigError(error.cause, hint=hint) from error
-
-    @classmethod
-    def _from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
-            raise ConfigError(
-                f"config.json: model_type {model_type!r} is no Gemma 4 model",
+            raise _error(
+                f"model_type {model_type!r} is no Gemma 4 model",
                 hint=nearest(str(model_type), _MODEL_TYPES),
             )
         text = config if model_type.endswith("_text") else config.get("text_config")
         if not isinstance(text, Mapping):
-            raise ConfigError(f"config.json: {model_type} needs a text_config, found {type(text).__name__}")
+            raise _error(f"{model_type} needs a text_config, found {type(text).__name__}")
         unknown = sorted(set(text) - _READ_KEYS - _NEUTRAL_KEYS)
         if unknown:
             _log.warning("config.json: text_config keys not known to this version, ignored: %s", ", ".join(unknown))
         return _resolve(_Reader(text), config, is_drafter=model_type.endswith("_assistant"))
 
 
+def _error(cause: str, *, hint: str = "take config.json as it was published with the checkpoint") -> ConfigError:
+    return ConfigError(f"config.json: {cause}", hint=hint)
+
+
 class _Reader:
     """Typed look-ups in one object of a config whose errors name the key, what was expected and what was found."""
 
     def __init__(self, values: Mapping[str, Any], where: str = "text_config.") -> None:
-        self.values, self._where = values, f"config.json: {where}"
+        self.values, self._where = values, where
 
     def __call__(self, key: str, kind: type, *, minimum: float = 1, default: Any = None) -> Any:
         value = self.values.get(key)
@@ -182,9 +178,9 @@ class _Reader:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             found = "nothing" if value is None else repr(value)
-            raise ConfigError(f"{self._where}{key}: expected {_article(kind)}, found {found}")
+            raise _error(f"{self._where}{key}: expected {_article(kind)}, found {found}")
         if isinstance(value, (int, float)) and kind is not bool and not minimum <= value < math.inf:
-            raise ConfigError(f"{self._where}{key}: expected at least {minimum}, found {value}")
+            raise _error(f"{self._where}{key}: expected at least {minimum}, found {value}")
         return value
 
 
@@ -201,7 +197,7 @@ def _resolve(read: _Reader, config: Mapping[str, Any], *, is_drafter: bool) -> M
     shares_kv = any(not layer.owns_kv for layer in layers)
     if shares_kv and not is_drafter and ple_size == 0:
         # transformers slices per_layer_inputs unconditionally once KV is shared, so no such model can exist.
-        raise ConfigError("config.json: num_kv_shared_layers > 0 needs hidden_size_per_layer_input > 0, found 0")
+        raise _error("num_kv_shared_layers > 0 needs hidden_size_per_layer_input > 0, found 0")
     return ModelConfig(
         model_type=_MODEL_TYPES[config["model_type"]],  # type: ignore[arg-type]  # the table holds the two literals
         vocab_size=vocab_size,
@@ -231,15 +227,15 @@ def _refuse_other_arithmetic(text: Mapping[str, Any], config: Mapping[str, Any])
         if key == "tie_word_embeddings" and config.get(key) is False:
             found = False
         if found not in allowed:
-            raise ConfigError(
-                f"config.json: text_config.{key}: this version computes only {allowed[0]!r}, found {found!r}",
+            raise _error(
+                f"text_config.{key}: this version computes only {allowed[0]!r}, found {found!r}",
                 hint="use one of the released Gemma 4 generators, or a fine-tune that keeps their structure",
             )
     quantization = config.get("quantization_config") or text.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise ConfigError(
-            f"config.json: quantization_config ({method}): quantised checkpoints are not read by this version",
+        raise _error(
+            f"quantization_config ({method}): quantised checkpoints are not read by this version",
             hint="use the bf16 checkpoint it was made from (for Google's own: the name without -qat-… or -w4a16)",
         )
 
@@ -249,15 +245,15 @@ def _resolve_layers(read: _Reader, *, is_drafter: bool) -> tuple[LayerConfig, ..
     num_layers = read("num_hidden_layers", int)
     layer_types: list[LayerType] = read("layer_types", list)
     if len(layer_types) != num_layers:
-        raise ConfigError(f"config.json: num_hidden_layers is {num_layers}, layer_types lists {len(layer_types)}")
+        raise _error(f"num_hidden_layers is {num_layers}, layer_types lists {len(layer_types)}")
     for index, layer_type in enumerate(layer_types):
         if layer_type not in ("sliding_attention", "full_attention"):
-            raise ConfigError(
-                f"config.json: layer_types[{index}]: unknown type {layer_type!r}",
+            raise _error(
+                f"layer_types[{index}]: unknown type {layer_type!r}",
                 hint=nearest(str(layer_type), ("sliding_attention", "full_attention")),
             )
     if layer_types[-1] != "full_attention":
-        raise ConfigError(f"config.json: the last layer must be full_attention, found {layer_types[-1]!r}")
+        raise _error(f"the last layer must be full_attention, found {layer_types[-1]!r}")
     sources = _kv_sources(layer_types, read("num_kv_shared_layers", int, minimum=0, default=0), is_drafter=is_drafter)
     overrides = _layer_overrides(read, layer_types)
     moe = None
@@ -268,7 +264,7 @@ def _resolve_layers(read: _Reader, *, is_drafter: bool) -> tuple[LayerConfig, ..
             intermediate_size=read("moe_intermediate_size", int),
         )
         if moe.top_k > moe.num_experts:
-            raise ConfigError(f"config.json: top_k_experts is {moe.top_k}, num_experts only {moe.num_experts}")
+            raise _error(f"top_k_experts is {moe.top_k}, num_experts only {moe.num_experts}")
     window = read("sliding_window", int) if "sliding_attention" in layer_types else None
     k_eq_v = read("attention_k_eq_v", bool, default=False)
     width = read("intermediate_size", int)
@@ -279,8 +275,8 @@ def _resolve_layers(read: _Reader, *, is_drafter: bool) -> tuple[LayerConfig, ..
     for index, layer_type in enumerate(layer_types):
         head_dim, num_kv_heads = overrides[index]
         if num_heads % num_kv_heads:
-            raise ConfigError(
-                f"config.json: layer {index} ({layer_type}): num_attention_heads {num_heads} is no multiple of "
+            raise _error(
+                f"layer {index} ({layer_type}): num_attention_heads {num_heads} is no multiple of "
                 f"its {num_kv_heads} KV heads"
             )
         key = (layer_type, head_dim)
@@ -303,7 +299,7 @@ def _resolve_layers(read: _Reader, *, is_drafter: bool) -> tuple[LayerConfig, ..
             )
         )
     if len(ropes) != len(set(layer_types)):
-        raise ConfigError("config.json: layers of one type have several head_dims; one RoPE table per type is computed")
+        raise _error("layers of one type have several head_dims; one RoPE table per type is computed")
     _check_donors(layers)
     return tuple(layers)
 
@@ -313,19 +309,17 @@ def _kv_sources(layer_types: list[LayerType], num_shared: int, *, is_drafter: bo
     num_layers = len(layer_types)
     if is_drafter:
         if num_shared != num_layers:
-            raise ConfigError(
-                f"config.json: a drafter shares all {num_layers} layers, num_kv_shared_layers is {num_shared}"
-            )
+            raise _error(f"a drafter shares all {num_layers} layers, num_kv_shared_layers is {num_shared}")
         return [None] * num_layers
     first_shared = num_layers - num_shared
     if first_shared < 1:
-        raise ConfigError(f"config.json: num_kv_shared_layers is {num_shared} of {num_layers} layers: none owns KV")
+        raise _error(f"num_kv_shared_layers is {num_shared} of {num_layers} layers: none owns KV")
     donors = {layer_type: index for index, layer_type in enumerate(layer_types[:first_shared])}
     sources: list[int | None] = list(range(first_shared))
     for index in range(first_shared, num_layers):
         if layer_types[index] not in donors:
-            raise ConfigError(
-                f"config.json: num_kv_shared_layers is {num_shared} of {num_layers} layers, so layer {index} must read "
+            raise _error(
+                f"num_kv_shared_layers is {num_shared} of {num_layers} layers, so layer {index} must read "
                 f"an earlier {layer_types[index]} layer's KV, and there is none"
             )
         sources.append(donors[layer_types[index]])
@@ -339,7 +333,7 @@ def _layer_overrides(read: _Reader, layer_types: list[LayerType]) -> list[tuple[
     per_layer = text.get("per_layer_config")
     if per_layer is None:
         if text.get("global_head_dim") is None:
-            raise ConfigError("config.json: text_config has neither global_head_dim nor per_layer_config")
+            raise _error("text_config has neither global_head_dim nor per_layer_config")
         global_dim = read("global_head_dim", int)
         # The hub writes num_global_key_value_heads for every size; it acts only together with attention_k_eq_v.
         global_heads = num_kv_heads
@@ -351,12 +345,12 @@ def _layer_overrides(read: _Reader, layer_types: list[LayerType]) -> list[tuple[
     for key, values in read("per_layer_config", Mapping).items():
         where = f"text_config.per_layer_config.{key}"
         if not re.fullmatch("[0-9]+", str(key)) or int(key) >= len(layer_types):
-            raise ConfigError(f"config.json: {where}: names no layer of {len(layer_types)}")
+            raise _error(f"{where}: names no layer of {len(layer_types)}")
         if not isinstance(values, Mapping):
-            raise ConfigError(f"config.json: {where}: expected an object, found {values!r}")
+            raise _error(f"{where}: expected an object, found {values!r}")
         extra = sorted(set(values) - {"head_dim", "num_key_value_heads"})
         if extra:
-            raise ConfigError(f"config.json: {where}.{extra[0]}: not known to this version")
+            raise _error(f"{where}.{extra[0]}: not known to this version")
         layer = _Reader(values, f"{where}.")
         resolved[int(key)] = (
             layer("head_dim", int, default=head_dim),
@@ -370,22 +364,18 @@ def _resolve_rope(text: Mapping[str, Any], layer_type: LayerType, head_dim: int)
     by_type = text.get("rope_parameters")
     values = by_type.get(layer_type) if isinstance(by_type, Mapping) else by_type
     if not isinstance(values, Mapping):
-        raise ConfigError(f"config.json: {where}: expected an object, found {values!r}")
+        raise _error(f"{where}: expected an object, found {values!r}")
     read = _Reader(values, f"{where}.")
     theta, share = read("rope_theta", float), read("partial_rotary_factor", float, minimum=0, default=1.0)
     rope_type = values.get("rope_type")
     if rope_type not in ("default", "proportional") or (rope_type == "default" and share != 1.0):
-        raise ConfigError(
-            f"config.json: {where}.rope_type: {rope_type!r} with partial_rotary_factor {share} is not known"
-        )
+        raise _error(f"{where}.rope_type: {rope_type!r} with partial_rotary_factor {share} is not known")
     extra = sorted(set(values) - {"rope_theta", "rope_type", "partial_rotary_factor"})
     if extra:
-        raise ConfigError(f"config.json: {where}.{extra[0]}: not known to this version")
+        raise _error(f"{where}.{extra[0]}: not known to this version")
     num_frequencies = int(share * head_dim // 2)
     if num_frequencies < 1 or share > 1 or head_dim % 2:
-        raise ConfigError(
-            f"config.json: {where}: partial_rotary_factor {share} of head_dim {head_dim} is no number of pairs"
-        )
+        raise _error(f"{where}: partial_rotary_factor {share} of head_dim {head_dim} is no number of pairs")
     return RopeConfig(theta=theta, head_dim=head_dim, num_frequencies=num_frequencies)
 
 
@@ -397,8 +387,8 @@ def _check_donors(layers: list[LayerConfig]) -> None:
         donor = layers[layer.kv_source]
         mine, theirs = (layer.num_kv_heads, layer.head_dim), (donor.num_kv_heads, donor.head_dim)
         if mine != theirs:
-            raise ConfigError(
-                f"config.json: layer {layer.index} reads the KV of layer {donor.index}, "
+            raise _error(
+                f"layer {layer.index} reads the KV of layer {donor.index}, "
                 f"which has (num_kv_heads, head_dim) {theirs}, not {mine}"
             )
 
@@ -407,7 +397,7 @@ def _resolve_drafter(config: Mapping[str, Any]) -> DrafterConfig:
     def read(key: str) -> int:
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"config.json: {key}: a drafter needs an integer, found {value!r}")
+            raise _error(f"{key}: a drafter needs an integer, found {value!r}")
         return value
 
     return DrafterConfig(

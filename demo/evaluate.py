@@ -34,6 +34,7 @@ RUNS: tuple[tuple[str, bool | None, int], ...] = (
     ("recall", None, 280),
     *(("picture_digits", None, budget) for budget in (70, 140, 280)),
     *(("picture_words", None, budget) for budget in (70, 280)),
+    ("picture_new_words", None, 280),
     *(("picture_small", None, budget) for budget in (70, 140, 280)),
     ("speech", None, 280),
 )
@@ -175,8 +176,8 @@ def main() -> None:
         mode = {None: "as asked", True: "on", False: "off"}[thinking]
         share = f"{line['accuracy']:6.1%} [{line['low']:.1%}, {line['high']:.1%}] of {line['total']}"
         print(f"{name:16} thinking {mode:8} budget {budget:4}  {share}  {time.time() - started:.0f} s", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

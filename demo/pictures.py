@@ -144,12 +144,23 @@ def patches(image: Image.Image, budget: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_picture(
-    rng: random.Random, *, budget: int, text_pixels: tuple[float, float], kind: str | None = None, test: bool = False
+    rng: random.Random,
+    *,
+    budget: int,
+    text_pixels: tuple[float, float],
+    kind: str | None = None,
+    test: bool = False,
+    known: bool = False,
 ) -> tuple[Item, Drawing]:
-    """A question about a rendered text, and its picture; the text lies on the wanted side of the held-out split."""
+    """A question about a rendered text, and its picture.
+
+    Args:
+        test: draw for the test sets: a held-out text, no thinking.
+        known: a test picture of a text that training has seen in other pictures.
+    """
     kind = kind or rng.choices(("digits", "word"), (0.65, 0.35))[0]
     text = draw_text(rng, kind)
-    while held_out("picture", text) != test:
+    while held_out("picture", text) != (test and not known):
         text = draw_text(rng, kind)
     thinking = not test and rng.random() < 0.1
     content = [{"type": "image"}, {"type": "text", "text": rng.choice(QUESTIONS[kind])}]

@@ -27,11 +27,12 @@ TEXT: dict[str, tuple[int, Callable[[random.Random], Item]]] = {
     "tool_answer": (200, make_tool_answer),
     "recall": (200, lambda rng: make_recall(rng, fillers=(4, 6))),
 }
-# name -> number, kind of text, font size in pixels at 280 soft tokens (half of it at 70)
+# name -> number, kind of text, font size in pixels at 280 soft tokens (half of it at 70), whether training saw the text
 PICTURES = {
-    "picture_digits": (120, "digits", (50.0, 130.0)),
-    "picture_words": (100, "word", (50.0, 130.0)),
-    "picture_small": (100, "digits", (18.0, 26.0)),
+    "picture_digits": (120, "digits", (50.0, 130.0), False),
+    "picture_words": (100, "word", (50.0, 130.0), True),
+    "picture_new_words": (40, "word", (50.0, 130.0), False),
+    "picture_small": (100, "digits", (18.0, 26.0), False),
 }
 SOUNDS = 85
 
@@ -79,10 +80,12 @@ def main(folder: Path = DATA) -> None:
         (folder / media).mkdir(parents=True, exist_ok=True)
     for name in TEXT:
         _write(name, text_questions(name), folder)
-    for name, (number, kind, text_pixels) in PICTURES.items():
+    for name, (number, kind, text_pixels, known) in PICTURES.items():
         rng, lines = random.Random(f"test/{name}"), []
         for index in range(number):
-            item, drawing = pictures.make_picture(rng, budget=280, text_pixels=text_pixels, kind=kind, test=True)
+            item, drawing = pictures.make_picture(
+                rng, budget=280, text_pixels=text_pixels, kind=kind, test=True, known=known
+            )
             file = f"pictures/{name}_{index:03d}.png"
             drawing.colored().save(folder / file, optimize=True)
             item.messages[0]["content"][0] = {"type": "image", "image": file}

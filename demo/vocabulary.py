@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from demo.chat import render
@@ -34,6 +35,7 @@ _SYNTAX = (
 _RAREST = 40  # how often a word must occur in the sampled conversations
 
 
+@cache
 def words(samples: int = 20_000) -> list[str]:
     """The tokens to ask for, most frequent first: deterministic, drawn from the training mixture with a fixed seed."""
     rng = random.Random("vocabulary")

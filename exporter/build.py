@@ -104,11 +104,14 @@ def resolve_lengths(config: ModelConfig, target: Target, *, context: int | None,
     if not 1 <= context <= longest:
         raise ConfigError(
             f"--context {context}: expected 1 to {longest}, the model's max_position_embeddings",
-            hint=f"--context {longest}, or leave it out",
+            hint=f"leave --context out for {longest} tokens",
         )
-    chunk = min(target.chunk, context) if chunk is None else chunk
+    default = min(target.chunk, context)
+    chunk = default if chunk is None else chunk
     if not 1 <= chunk <= context:
-        raise ConfigError(f"--chunk {chunk}: expected 1 to {context}, the context", hint="leave --chunk out")
+        raise ConfigError(
+            f"--chunk {chunk}: expected 1 to {context}, the context", hint=f"leave --chunk out for {default} tokens"
+        )
     return context, chunk
 
 

@@ -34,8 +34,8 @@ def open_session(artifact: Artifact) -> Session:
     graph = artifact.manifest.graphs["decoder"]
     if graph.backend != BUILT_BACKEND:
         raise ArtifactError(
-            f"graphs.decoder: this version runs {BUILT_BACKEND} only, not {graph.backend!r}",
-            hint="build for --target cpu, or pip install --upgrade gemma4-export",
+            f"graphs.decoder: this version cannot run backend {graph.backend!r}, only {BUILT_BACKEND}",
+            hint="build the model for --target cpu",
         )
     from gemma4_export.runtime.session_ort import OrtSession
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from unittest import mock
 import numpy as np
 import onnx_ir as ir
 import tiny
+from safetensors.numpy import save_file
 
 from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.configs.manifest import FileEntry, Manifest
@@ -75,11 +77,21 @@ class ArraySource:
         write_small_tokenizer(folder, vocab_size=self.config.vocab_size)
 
 
-def draw(spec: TensorSpec) -> np.ndarray:
+def draw(spec: TensorSpec, seed: int = 0) -> np.ndarray:
     """Random float32 values of one weight."""
-    seed = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:8], "little")
-    values = np.random.default_rng(seed).standard_normal(spec.shape, np.float32)
+    number = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:8], "little")
+    values = np.random.default_rng([seed, number]).standard_normal(spec.shape, np.float32)
     return 1 + 0.3 * values if spec.role == "decoder.norm" else 0.2 * values
+
+
+def write_checkpoint(folder: Path, *, seed: int = 0, **hub: Any) -> Path:
+    """A text-only checkpoint of ``hub_config(**hub)`` in one safetensors file."""
+    config = hub_config(**hub)
+    write_small_tokenizer(folder, vocab_size=VOCAB_SIZE)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    specs = decoder_tensors(ModelConfig.from_hf(config)).values()
+    save_file({f"model.{spec.name}": draw(spec, seed) for spec in specs}, folder / "model.safetensors")
+    return folder
 
 
 def build_artifact(

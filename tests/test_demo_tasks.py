@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # demo/ is not part of the installed package
 
-from demo import chat, pictures, scoring, speech, tasks, testsets
+from demo import batches, chat, pictures, scoring, speech, tasks, testsets, vocabulary
 
 MAKERS: dict[str, Callable[[random.Random], tasks.Item]] = {
     "sum_thinking": lambda rng: tasks.make_sum(rng, thinking=True),
@@ -50,6 +50,14 @@ def test_sums_and_every_line_of_their_working_are_true() -> None:
         assert int(lines[-1].split()[1]) == int(item.text)
 
 
+@pytest.mark.full
+def test_committed_tokenizer_is_that_of_the_tasks(tmp_path: Path) -> None:
+    for name in ("tiny-e", "tiny-moe"):
+        vocabulary.write_tokenizer(tmp_path, empty_thought=name == "tiny-moe")
+        folder = Path(testsets.__file__).parent / "checkpoints" / name
+        assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
 def test_a_slip_in_the_working_would_be_seen() -> None:
     # the check above must be able to fail
     assert tasks.working(95, 7, "+") == "95+7\n1:5+7+0=12 2\n2:9+0+1=10 102"
@@ -65,11 +73,17 @@ def test_training_never_draws_a_held_out_question() -> None:
 
 
 def test_recall_asks_beyond_the_sliding_window() -> None:
-    words = [len(json.dumps(q["messages"]).split()) for q in testsets.text_questions("recall")]
-    assert min(words) > 40
-    for question in testsets.text_questions("recall"):
-        told = json.dumps(question["messages"][:-1])
-        assert question["answer"] in told
+    folder = Path(testsets.__file__).parent / "checkpoints" / "tiny-e"
+    encoder = batches.Encoder(folder)
+    window = json.loads((folder / "config.json").read_text())["text_config"]["sliding_window"]
+    for question in scoring.read_questions(testsets.DATA / "recall.jsonl"):
+        messages = question["messages"]
+        told = next(i for i, message in enumerate(messages) if question["answer"] in message["content"])
+        since = [message for message in messages[told + 1 :] if message["role"] != "system"]
+        # the model's own echo of the fact, where there is one, comes right after it
+        echoed = since[1:] if question["answer"] in since[0]["content"] else since
+        text = "".join(f"<|turn>{message['role']}\n{message['content']}<turn|>\n" for message in echoed)
+        assert len(encoder.tokenizer.encode(text).ids) > window, question
 
 
 @pytest.mark.parametrize("name", testsets.TEXT)

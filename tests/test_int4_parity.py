@@ -133,8 +133,19 @@ def decoded(model: Gemma4, ids: list[int]) -> np.ndarray:
 # Parity and drift
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int4-quality", "int8", "mixed"])
-@every_structure
+_WIDEST = ("e2b", "26b-a4b")
+
+
+def _cases() -> list[object]:
+    """int4 on all structures; of the other recipes the two structures with most kinds of weights, the rest is full."""
+    return [
+        pytest.param(structure, recipe, marks=() if recipe == "int4" or structure in _WIDEST else pytest.mark.full)
+        for structure in STRUCTURES
+        for recipe in ("int4", "int4-quality", "int8", "mixed")
+    ]
+
+
+@pytest.mark.parametrize(("structure", "recipe"), _cases())
 def test_lossless_weights_and_float32_activations_equal_transformers(structure, recipe):
     ids, logits = expected(structure, recipe)
     model = Gemma4.load(grid_artifact(structure, recipe, "fp32"), check="full")
@@ -179,7 +190,7 @@ def plain_artifact(structure: str, recipe: str) -> Path:
     return built(tiny.checkpoint(structure), recipe_called(recipe))
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int4-quality", "int4-rtn", "int4", "mixed"])
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int4-quality", "int4", "mixed"])
 @every_structure
 def test_every_recipe_builds_loads_and_generates(structure, recipe):
     model = Gemma4.load(plain_artifact(structure, recipe), check="full")
@@ -191,7 +202,7 @@ def test_every_recipe_builds_loads_and_generates(structure, recipe):
     assert np.isfinite(logits).all()
     if recipe in ("bf16", "int8"):  # four bits scramble random weights: there only the grid above can judge
         plain = Gemma4.load(plain_artifact(structure, "fp32")).forward(ids)
-        assert 0 < np.abs(logits - plain).mean() < 0.2 * np.abs(plain).mean()
+        assert 0 < np.abs(logits - plain).mean() < 0.35 * np.abs(plain).mean()
 
 
 def rounding(values: np.ndarray, form: WeightFormat) -> np.ndarray:

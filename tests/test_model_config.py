@@ -597,6 +597,7 @@ def test_contradiction_is_named(base: str, path: str, value: object, cause: str)
         ModelConfig.from_hf(edit(values, path, value))
     key = f"text_config.{path}" if cause.startswith(":") else ""
     assert caught.value.cause == f"config.json: {key}{cause}"
+    assert caught.value.hint
 
 
 def test_misspelt_types_get_the_nearest_as_hint() -> None:

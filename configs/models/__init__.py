@@ -39,7 +39,9 @@ def load_model(name: str) -> ReleasedModel:
         for model in _load_size(size):
             if name.lower() in (model.name, model.hub_id.lower()):
                 return model
-    raise ConfigError(f"model {name!r} is not known", hint=nearest(name.lower(), model_names()))
+    hub_ids = [model.hub_id for size in names_in(_FOLDER) for model in _load_size(size)]
+    hint = nearest(name, hub_ids) if "/" in name else nearest(name.lower(), model_names())
+    raise ConfigError(f"model {name!r} is not known", hint=hint)
 
 
 def released_ids() -> list[str]:

@@ -1,0 +1,585 @@
+"""Builds that are killed, damaged, raced or out of disk: what is at OUT is whole, and a later build ends in equal bytes.
+
+Kills are real: a server process traces once, forks a child per build, and the test sends SIGKILL. The child's writes
+are slowed down and split, so that a kill can hit the middle of a weight, of a journal line, or the packaging.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import small
+
+from gemma4_export.configs.errors import CheckpointError, ConfigError, Gemma4Error
+from gemma4_export.configs.formats import INT8
+from gemma4_export.configs.names import RECIPE_ROLES
+from gemma4_export.configs.recipe import Recipe, load_recipe
+from gemma4_export.exporter import build, package, write
+from gemma4_export.exporter.checkpoint import Checkpoint
+from gemma4_export.exporter.dummy import DummySource
+from gemma4_export.exporter.package import LOCK_NAME
+from gemma4_export.exporter.write import JOURNAL_NAME
+
+HUB = {"structure": "e2b", "num_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def source() -> small.ArraySource:
+    return small.ArraySource(small.model_config(**HUB))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory) -> dict[str, str]:
+    """Files of an int4 build that nothing happened to."""
+    out = tmp_path_factory.mktemp("undisturbed") / "artifact"
+    small.build_artifact(source, out)
+    return small.files_of(out)
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+class Stop(BaseException):
+    """What a test raises inside a build: no handler of the product knows it, as none knows a kill."""
+
+
+def stop_after(count: int) -> Any:
+    """``on_progress`` that ends the build when that many weights are written."""
+    written: list[str] = []
+
+    def on_progress(stage: str, name: str, done: int, total: int) -> None:
+        if stage == "weights":
+            written.append(name)
+            if len(written) == count:
+                raise Stop
+
+    return on_progress
+
+
+@contextlib.contextmanager
+def counted_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the weights that builds in this block write, not those that they find written."""
+    names: list[str] = []
+    original = write._write_one
+
+    def write_one(source, weight, *arguments):
+        names.append(weight.name)
+        return original(source, weight, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_write_one", write_one)
+        yield names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kill -9
+
+SERVER = r"""
+import json, os, sys, time
+from pathlib import Path
+sys.path.insert(0, TESTS)
+from gemma4_export.configs.model import ModelConfig
+from gemma4_export.configs.recipe import load_recipe
+from gemma4_export.configs.target import load_target
+from gemma4_export.exporter import build, write
+from gemma4_export.exporter.checkpoint import Checkpoint
+
+folder = Path(sys.argv[1])
+with Checkpoint(folder) as opened:
+    graph = build.trace_decoder(opened.config)
+build.trace_decoder = lambda config: graph.clone()
+
+
+def run(out, pause):
+    if pause:
+        write_file, open_file, hash_files = write._HashedFile.write, Path.open, build.hash_files
+
+        def slow_write(self, data):
+            buffer = memoryview(data if isinstance(data, bytes) else data.reshape(-1).view("u1").data).cast("B")
+            half = len(buffer) // 2
+            write_file(self, bytes(buffer[:half]))
+            time.sleep(pause)
+            write_file(self, bytes(buffer[half:]))
+
+        class Halves:
+            def __init__(self, file): self.file = file
+            def __enter__(self): return self
+            def __exit__(self, *error): self.file.close()
+            def write(self, line):
+                self.file.write(line[: len(line) // 2]); self.file.flush(); time.sleep(pause / 2)
+                self.file.write(line[len(line) // 2 :])
+
+        def slow_open(path, mode="r", *arguments, **keywords):
+            file = open_file(path, mode, *arguments, **keywords)
+            return Halves(file) if path.name == write.JOURNAL_NAME and mode == "ab" else file
+
+        def slow_hash(*arguments):
+            time.sleep(5 * pause)
+            return hash_files(*arguments)
+
+        write._HashedFile.write, Path.open, build.hash_files = slow_write, slow_open, slow_hash
+    with Checkpoint(folder) as opened:
+        options = build.resolve_options(
+            opened.config, model_name="small", target=load_target("cpu"), recipe=load_recipe("int4"), chunk=7
+        )
+        build.build_artifact(opened, options, Path(out), lambda *progress: None)
+
+
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            run(**job)
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class BuildServer:
+    """Runs builds of one checkpoint in processes of their own, without importing and tracing for each."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        script = SERVER.replace("TESTS", repr(str(Path(__file__).parent)))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script, str(checkpoint)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the build server ended"
+        return line.strip()
+
+    def start(self, out: Path, *, pause: float = 0) -> int:
+        """Begin a build; the process id of it."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"out": str(out), "pause": pause}) + "\n")
+        self.process.stdin.flush()
+        return int(self._line())
+
+    def wait(self) -> int:
+        """Exit code of the build that was started last; -9: killed."""
+        return int(self._line())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+PAUSE = 0.002  # seconds within each write: a build takes about a second
+
+
+class Server(NamedTuple):
+    builds: BuildServer
+    files: dict[str, str]
+    """Of a build in it that nothing happened to."""
+    seconds: float
+    """How long a slowed build takes."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    checkpoint = small.write_checkpoint(folder / "checkpoint", **HUB)
+    builds = BuildServer(checkpoint)
+    try:
+        builds.start(folder / "fast")
+        assert builds.wait() == 0
+        started = time.monotonic()
+        builds.start(folder / "slow", pause=PAUSE)
+        assert builds.wait() == 0
+        seconds = time.monotonic() - started
+        files = small.files_of(folder / "fast")
+        assert small.files_of(folder / "slow") == files
+        yield Server(builds, files, seconds)
+    finally:
+        builds.close()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.full)])
+def test_a_build_killed_at_any_moment_resumes_to_identical_bytes(server, tmp_path, kills):
+    draw, killed, resumed = random.Random(kills), 0, 0
+    attempt = 0
+    while killed < kills:
+        attempt += 1
+        assert attempt < 3 * kills, f"only {killed} of {attempt} builds lived long enough to be killed"
+        out = tmp_path / str(attempt)
+        for _ in range(draw.choice([1, 1, 2])):  # at times the resumed build is killed as well
+            child = server.builds.start(out, pause=PAUSE)
+            time.sleep(draw.uniform(0, server.seconds))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            code = server.builds.wait()
+            assert code in (0, -signal.SIGKILL)
+            if code == 0:
+                break
+            assert not out.exists()
+            killed += 1
+            journal = partial_of(out) / JOURNAL_NAME
+            resumed += journal.is_file() and len(journal.read_bytes().splitlines()) > 1
+        if not out.exists():
+            server.builds.start(out)
+            assert server.builds.wait() == 0, "a resumed build failed"
+        assert small.files_of(out) == server.files
+        assert not partial_of(out).exists()
+    print(
+        f"{killed} kills in {attempt} builds of {server.seconds:.1f} s, {resumed} left finished weights to go on from"
+    )
+    assert resumed > 0
+
+
+def test_a_second_build_is_refused_with_the_process_that_runs(server, source, tmp_path):
+    out = tmp_path / "artifact"
+    child = server.builds.start(out, pause=PAUSE)
+    try:
+        deadline = time.monotonic() + 30
+        while not (partial_of(out) / JOURNAL_NAME).is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        with pytest.raises(ConfigError, match=rf"another build is writing here \(process {child} on .+\)"):
+            small.build_artifact(source, out)
+    finally:
+        assert server.builds.wait() == 0
+    assert small.files_of(out) == server.files  # the refused one touched nothing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a stopped build leaves behind
+
+
+def test_a_resumed_build_writes_only_what_is_missing(source, undisturbed, tmp_path, monkeypatch):
+    out = tmp_path / "artifact"
+    with counted_writes(monkeypatch) as first, pytest.raises(Stop):
+        small.build_artifact(source, out, on_progress=stop_after(11))
+    assert not out.exists()
+    with counted_writes(monkeypatch) as rest:
+        manifest = small.build_artifact(source, out)
+    assert len(first) == 11
+    assert first + rest == [weight.name for weight in _placement(source).stored]
+    assert small.files_of(out) == undisturbed
+    assert sum(entry.tensors for entry in manifest.census.values()) == len(first) + len(rest)
+
+
+def _placement(source):
+    return build.place_weights(source.specs.values(), load_recipe("int4"))
+
+
+def stopped(source, out: Path, count: int = 11) -> Path:
+    """A partial folder with ``count`` finished weights."""
+    with pytest.raises(Stop):
+        small.build_artifact(source, out, on_progress=stop_after(count))
+    return partial_of(out)
+
+
+@pytest.mark.parametrize("bytes_left", [0, 1, 40, 83, 84, 100, -1, -2, -60])
+def test_a_journal_cut_anywhere_is_read_up_to_there(source, undisturbed, tmp_path, bytes_left):
+    out = tmp_path / "artifact"
+    journal = stopped(source, out) / JOURNAL_NAME
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:bytes_left])
+    small.build_artifact(source, out)
+    assert small.files_of(out) == undisturbed
+
+
+def test_a_half_written_line_costs_one_weight(source, undisturbed, tmp_path, monkeypatch):
+    out = tmp_path / "artifact"
+    journal = stopped(source, out) / JOURNAL_NAME
+    journal.write_bytes(journal.read_bytes()[:-20])
+    with counted_writes(monkeypatch) as rest, pytest.raises(Stop):  # the repaired journal is good for another stop
+        small.build_artifact(source, out, on_progress=stop_after(14))
+    assert len(rest) == 4
+    with counted_writes(monkeypatch) as last:
+        small.build_artifact(source, out)
+    assert len(last) == len(source.specs) - 14
+    assert small.files_of(out) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\0" * 50, b"[]", b"3", b"{}", b'{"name": "norm.weight"}', b'{"name": "embed_tokens.weight"}', b"\xff\xfe"],
+)
+def test_a_journal_with_a_strange_line_is_no_reason_to_fail(source, undisturbed, tmp_path, line):
+    out = tmp_path / "artifact"
+    journal = stopped(source, out) / JOURNAL_NAME
+    journal.write_bytes(journal.read_bytes() + line + b"\n")
+    small.build_artifact(source, out)
+    assert small.files_of(out) == undisturbed
+
+
+@pytest.mark.parametrize("file", ["decoder", "embed_tokens", "embed_tokens_per_layer"])
+def test_damaged_bytes_behind_a_valid_journal_are_found_and_written_again(
+    source, undisturbed, tmp_path, monkeypatch, file
+):
+    out = tmp_path / "artifact"
+    path = stopped(source, out) / f"graphs/weights/{file}.bin"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with counted_writes(monkeypatch) as rest:
+        small.build_artifact(source, out)
+    assert len(rest) > len(source.specs) - 11  # not only what was missing
+    assert small.files_of(out) == undisturbed
+
+
+@pytest.mark.parametrize("change", ["shorter", "absent", "longer"])
+def test_a_weight_file_of_another_length(source, undisturbed, tmp_path, change):
+    out = tmp_path / "artifact"
+    path = stopped(source, out) / "graphs/weights/decoder.bin"
+    data = path.read_bytes()
+    if change == "absent":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-7] if change == "shorter" else data + b"x" * 10_000_000)
+    small.build_artifact(source, out)
+    assert small.files_of(out) == undisturbed
+
+
+def test_two_stops_with_damage_between_them(source, undisturbed, tmp_path):
+    """The journal then holds two lines for some weights."""
+    out = tmp_path / "artifact"
+    path = stopped(source, out, 15) / "graphs/weights/decoder.bin"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 255
+    path.write_bytes(data)
+    stopped(source, out, 8)
+    small.build_artifact(source, out)
+    assert small.files_of(out) == undisturbed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another build's folder
+
+
+OWN_HEAD = Recipe(
+    name="own-head", title="", formats=dict(load_recipe("int4").formats) | {"decoder.head": INT8}, prefers_qat=False
+)
+
+
+@pytest.mark.parametrize("count", [1, 3, 11])
+@pytest.mark.parametrize("other", ["int8", "fp32", OWN_HEAD], ids=["int8", "fp32", "own-head"])
+def test_a_journal_of_another_recipe_is_thrown_away(source, undisturbed, tmp_path, monkeypatch, other, count):
+    out = tmp_path / "artifact"
+    with pytest.raises(Stop):
+        small.build_artifact(source, out, recipe=other, on_progress=stop_after(count))
+    with counted_writes(monkeypatch) as names:
+        small.build_artifact(source, out)
+    assert len(names) == len(source.specs)
+    assert small.files_of(out) == undisturbed
+
+
+def test_a_journal_of_other_weights_is_thrown_away(source, undisturbed, tmp_path):
+    out = tmp_path / "artifact"
+    other = small.ArraySource(source.config, {name: array + 1 for name, array in source.arrays.items()})
+    stopped(other, out)
+    small.build_artifact(source, out)
+    assert small.files_of(out) == undisturbed
+
+
+def test_a_journal_of_another_dummy_model_is_thrown_away(tmp_path):
+    """Two random models of one seed and one recipe; their tensors have the same names."""
+    narrow, wide = (small.model_config("e2b", num_layers=2, hidden_size=size) for size in (32, 64))
+    for count in (1, 2, 9):
+        out, alone = tmp_path / f"out{count}", tmp_path / f"alone{count}"
+        stopped(DummySource(narrow), out, count)
+        small.build_artifact(DummySource(wide), out, has_dummy_weights=True)
+        small.build_artifact(DummySource(wide), alone, has_dummy_weights=True)
+        assert small.files_of(out) == small.files_of(alone)
+
+
+@pytest.mark.parametrize("keeps_times", [False, True])
+def test_a_journal_of_a_checkpoint_with_the_same_header_is_thrown_away(tmp_path, keeps_times):
+    """A fine-tune, trained on: same names, shapes and sizes, other values."""
+    before = small.write_checkpoint(tmp_path / "before", **HUB)
+    after = small.write_checkpoint(tmp_path / "after", seed=1, **HUB)
+    if keeps_times:  # as `cp -a` and `rsync -t` do
+        times = (before / "model.safetensors").stat()
+        os.utime(after / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with Checkpoint(before) as opened:
+        stopped(opened, tmp_path / "artifact")
+    for out in ("artifact", "alone"):
+        with Checkpoint(after) as opened:
+            small.build_artifact(opened, tmp_path / out)
+    assert small.files_of(tmp_path / "artifact") == small.files_of(tmp_path / "alone")
+
+
+def test_leftovers_do_not_reach_the_artifact(source, undisturbed, tmp_path):
+    out = tmp_path / "artifact"
+    work = stopped(source, out)
+    (work / "tokenizer" / "stray.json").write_text("{}")
+    (work / "graphs" / "old.onnx").write_bytes(b"old")
+    (work / "graphs" / "weights" / "old.bin").write_bytes(b"old")
+    (work / "manifest.json").write_text("{}")
+    small.build_artifact(source, out)
+    assert small.files_of(out) == undisturbed
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(source, tmp_path):
+    out = tmp_path / "artifact"
+    partial_of(out).mkdir()
+    (partial_of(out) / "thesis.txt").write_text("two years of work")
+    with pytest.raises(ConfigError, match="was not made by gemma4-export"):
+        small.build_artifact(source, out)
+    assert (partial_of(out) / "thesis.txt").read_text() == "two years of work"
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "dangling link"])
+def test_an_out_that_exists_is_left_alone(source, tmp_path, what):
+    out = tmp_path / "artifact"
+    if what == "folder":
+        out.mkdir()
+    elif what == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"exists already\nhint: give another --out, or remove it"):
+        small.build_artifact(source, out)
+    assert not partial_of(out).exists()
+
+
+def test_a_kill_before_the_lock_is_written(source, undisturbed, tmp_path):
+    out = tmp_path / "artifact"
+    partial_of(out).mkdir()
+    small.build_artifact(source, out)
+    assert small.files_of(out) == undisturbed
+
+
+@pytest.mark.parametrize("function", ["rename", "unlink"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_in_the_last_steps(source, undisturbed, tmp_path, monkeypatch, function, when):
+    """Around the removal of the lock and around the rename: whole at OUT, or resumable."""
+    out, original = tmp_path / "artifact", getattr(Path, function)
+
+    def killed(path, *arguments, **keywords):
+        last = path.name in (LOCK_NAME, partial_of(out).name)
+        if last and when == "before":
+            raise Stop
+        original(path, *arguments, **keywords)
+        if last:
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Path, function, killed)
+        small.build_artifact(source, out)
+    if not out.exists():
+        small.build_artifact(source, out)
+    found = small.files_of(out)
+    found.pop(LOCK_NAME, None)
+    assert found == undisturbed
+    assert not partial_of(out).exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disk
+
+
+def test_a_disk_too_small_is_refused_before_the_first_byte(source, undisturbed, tmp_path, monkeypatch):
+    out, needed = tmp_path / "artifact", sum(_placement(source).num_bytes.values())
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+        with pytest.raises(Gemma4Error, match=r"needs 0\.07 GB, the disk has 0\.00 GB free\nhint: free some room"):
+            small.build_artifact(source, out)
+    assert not out.exists()
+    assert partial_of(out).is_dir()
+    assert not list(partial_of(out).rglob("*.bin"))
+    small.build_artifact(source, out)
+    assert small.files_of(out) == undisturbed
+
+
+def test_what_a_stopped_build_wrote_counts_as_room(source, undisturbed, tmp_path, monkeypatch):
+    out = tmp_path / "artifact"
+    stopped(source, out, len(source.specs))
+    free = write._SPARE_BYTES + 1000
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    small.build_artifact(source, out)
+    assert small.files_of(out) == undisturbed
+
+
+@pytest.mark.parametrize("room", [0, 1, 20_000, 60_001, 100_000])
+def test_a_disk_that_fills_up_keeps_what_is_written(source, undisturbed, tmp_path, monkeypatch, room):
+    out, pwrite, left = tmp_path / "artifact", os.pwrite, room
+
+    def filling(descriptor: int, data: Any, offset: int) -> int:
+        nonlocal left
+        part = memoryview(data)[:left]
+        if len(data) and not part:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= len(part)
+        return pwrite(descriptor, part, offset)  # a disk takes what still fits, then refuses
+
+    with monkeypatch.context() as patch, counted_writes(monkeypatch) as first:
+        patch.setattr(os, "pwrite", filling)
+        with pytest.raises(Gemma4Error) as full:
+            small.build_artifact(source, out)
+    assert ".bin: the disk is full" in full.value.cause
+    assert "free some room" in (full.value.hint or "")
+    assert not out.exists()
+    assert partial_of(out).is_dir()
+    with counted_writes(monkeypatch) as rest:
+        small.build_artifact(source, out)
+    assert len(first) + len(rest) == len(source.specs) + 1  # the one that did not fit is written twice
+    assert small.files_of(out) == undisturbed
+
+
+@pytest.mark.parametrize("owner", [package, build], ids=["while hashing", "for the manifest"])
+def test_a_disk_full_while_packaging(source, undisturbed, tmp_path, monkeypatch, owner):
+    out = tmp_path / "artifact"
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((package, "hash_file") if owner is package else (build, "_manifest")), full)
+        with pytest.raises(OSError, match="No space left"):
+            small.build_artifact(source, out)
+    assert not out.exists()
+    small.build_artifact(source, out)
+    assert small.files_of(out) == undisturbed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong input
+
+
+def test_nan_in_a_checkpoint_is_named_and_nothing_stays(tmp_path):
+    config = small.model_config(**HUB)
+    clean = small.ArraySource(config)
+    bad = clean.arrays["layers.1.mlp.down_proj.weight"].copy()
+    bad[3, 5] = float("nan")
+    out = tmp_path / "artifact"
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight: .*NaN or Inf"):
+        small.build_artifact(small.ArraySource(config, {"layers.1.mlp.down_proj.weight": bad}), out)
+    assert not out.exists()
+    assert not partial_of(out).exists()
+
+
+def test_a_block_that_does_not_divide_is_refused_before_anything_is_made(source, tmp_path):
+    formats = {role: small.WeightFormat("int4", 128) for role in RECIPE_ROLES}
+    recipe = Recipe(name="x", title="", formats=formats, prefers_qat=False)
+    with pytest.raises(ConfigError, match="block 128 does not divide its 32 columns\nhint: use block 32"):
+        small.build_artifact(source, tmp_path / "artifact", recipe=recipe)
+    assert not list(tmp_path.iterdir())
