@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -140,7 +140,7 @@ def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_pr
             done += count
             on_progress("weights", name, done, total)
 
-        key = _build_key(options, sources)
+        key = _build_key(options, source.weight_paths, sources)
         written = write_weights(source, placement, work, key=key, on_bytes=on_bytes)
         on_progress("package", "hashing", 0, 1)
         known = {file: FileEntry(bytes=size, sha256=digest) for file, (size, digest) in written.files.items()}
@@ -272,8 +272,13 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
-def _build_key(options: BuildOptions, sources: dict[str, FileEntry]) -> str:
-    """Names everything that decides the bytes of the weight files."""
+def _build_key(options: BuildOptions, weight_paths: Sequence[Path], sources: dict[str, FileEntry]) -> str:
+    """Names everything that decides the bytes of the weight files.
+
+    ``sources`` hash the headers of weight files only, and those of a model and its fine-tune are the same: the times of
+    the files tell them apart.
+    """
     formats = {role: str(form) for role, form in options.recipe.formats.items()}
-    parts = [formats, {name: asdict(entry) for name, entry in sources.items()}, _versions()]
+    changed = [path.stat().st_mtime_ns for path in weight_paths]
+    parts = [formats, {name: asdict(entry) for name, entry in sources.items()}, changed, _versions()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -222,9 +222,13 @@ class Checkpoint:
         self._files.read(stored.path, stored.start + start * columns * rows.itemsize, rows, stored_name)
         return rows
 
+    @property
+    def weight_paths(self) -> list[Path]:
+        return weight_files(self.folder)
+
     def sources(self) -> dict[str, FileEntry]:
         """The files that this checkpoint is made of: weights by header, config.json whole."""
-        entries = {path.name: hash_header(path) for path in weight_files(self.folder)}
+        entries = {path.name: hash_header(path) for path in self.weight_paths}
         return {**entries, "config.json": hash_file(self.folder / "config.json")}
 
     def write_tokenizer(self, folder: Path) -> None:

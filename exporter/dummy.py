@@ -49,14 +49,16 @@ class DummySource:
 
     not_packed: tuple[str, ...] = ()
     wide_scales: frozenset[str] = frozenset()
+    weight_paths: tuple[Path, ...] = ()
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         self.config, self.seed = config, seed
         self.specs = decoder_tensors(config)
 
     def sources(self) -> dict[str, FileEntry]:
-        """There is no file; the seed stands in for one."""
-        return {f"dummy weights, seed {self.seed}": FileEntry(bytes=0, sha256=hashlib.sha256(b"").hexdigest())}
+        """There is no file; the seed stands in for one, and the hash is that of the model's config."""
+        digest = hashlib.sha256(repr(self.config).encode()).hexdigest()
+        return {f"dummy weights, seed {self.seed}": FileEntry(bytes=0, sha256=digest)}
 
     def write_tokenizer(self, folder: Path) -> None:
         """The small tokenizer, padded to the model's vocabulary so that every id it may produce has a name."""

@@ -234,6 +234,10 @@ class GGUFCheckpoint:
             check_scales(rows, segment.stored_name)
         return rows
 
+    @property
+    def weight_paths(self) -> list[Path]:
+        return [self.path]
+
     def sources(self) -> dict[str, FileEntry]:
         """The GGUF file by its header and size, config.json whole."""
         with self.path.open("rb") as file:

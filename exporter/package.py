@@ -14,6 +14,7 @@ from pathlib import Path
 from gemma4_export.configs.errors import CheckpointError, ConfigError
 from gemma4_export.configs.manifest import LOCK_NAME, FileEntry
 from gemma4_export.exporter.passes.external import GRAPHS_FOLDER
+from gemma4_export.exporter.weights import WEIGHTS_FOLDER
 from gemma4_export.exporter.write import JOURNAL_NAME
 
 
@@ -28,9 +29,10 @@ def partial_folder(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: ``out`` exists, another build is writing it, or ``OUT.partial`` is not ours.
     """
+    work = out.with_name(out.name + ".partial")
+    _take_back(out, work)
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: exists already", hint=f"give another --out, or remove it: rm -r {out}")
-    work = out.with_name(out.name + ".partial")
     lock = work / LOCK_NAME
     if work.exists() and not lock.is_file() and (not work.is_dir() or any(work.iterdir())):
         raise ConfigError(f"{work}: exists and was not made by gemma4-export", hint="give another --out")
@@ -58,10 +60,21 @@ def partial_folder(out: Path) -> Iterator[Path]:
         (out / LOCK_NAME).unlink()
 
 
+def _take_back(out: Path, work: Path) -> None:
+    """A build killed between its last two steps left ``out`` with its lock: it is to go on like any other."""
+    lock = out / LOCK_NAME
+    if not lock.is_file() or work.exists():
+        return
+    with lock.open("a") as handle, contextlib.suppress(BlockingIOError):  # its build still runs: it exists already
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        out.rename(work)
+
+
 def _remove_what_is_redone(work: Path) -> None:
     """Of a killed build only the journal and the weight files that it describes are worth keeping."""
-    for leftover in work.iterdir():
-        if leftover.name not in (LOCK_NAME, JOURNAL_NAME, GRAPHS_FOLDER):
+    kept, weights = (work / LOCK_NAME, work / JOURNAL_NAME, work / GRAPHS_FOLDER), work / WEIGHTS_FOLDER
+    for leftover in (*work.glob("*"), *(work / GRAPHS_FOLDER).glob("*")):
+        if leftover not in kept and leftover != weights:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

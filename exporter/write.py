@@ -6,6 +6,7 @@ its journal names. Memory stays at a few slices and one weight's scales, whateve
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -53,6 +54,11 @@ class WeightSource(Protocol):
 
     def slices(self, name: str, form: WeightFormat, max_bytes: int) -> Iterator[Array | QuantizedRows]:
         """The rows of a weight in order; already quantised where the source holds codes."""
+        ...
+
+    @property
+    def weight_paths(self) -> Sequence[Path]:
+        """The files that hold the weights. When one of them changes, a killed build does not go on but starts again."""
         ...
 
     def sources(self) -> dict[str, FileEntry]:
@@ -113,8 +119,7 @@ def write_weights(
         Gemma4Error: the disk has less room than the artifact needs.
     """
     journal = _Journal(folder / JOURNAL_NAME, key)
-    for path in placement.num_bytes:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    _prepare(placement, folder)
     _check_room(placement, folder)
     written, files = Written(), {name: _HashedFile(folder / name) for name in placement.num_bytes}
     try:
@@ -122,9 +127,9 @@ def write_weights(
             is_resuming = True
             for weight in placement.stored:
                 file, entry = files[weight.placed.file], journal.entries.get(weight.name)
-                is_resuming = is_resuming and entry is not None and file.resume(entry["end"], entry["sha256"])
+                is_resuming = is_resuming and entry is not None and file.resume(entry.end, entry.sha256)
                 if is_resuming:
-                    written.stats[weight.name] = WeightStats(**journal.entries[weight.name]["stats"])
+                    written.stats[weight.name] = journal.entries[weight.name].stats
                 else:
                     written.stats[weight.name] = _write_one(source, weight, file, pool)
                     journal.add(weight.name, file, written.stats[weight.name])
@@ -214,6 +219,16 @@ def _in_order(
         yield queue.popleft().result()
 
 
+def _prepare(placement: Placement, folder: Path) -> None:
+    """Make the folders. Files of a killed build that stored other weights go: packaging takes whatever is there."""
+    wanted = {folder / file for file in placement.num_bytes}
+    for path in wanted:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for path in {path.parent for path in wanted}:
+        for leftover in set(path.iterdir()) - wanted:
+            leftover.unlink()
+
+
 def _check_room(placement: Placement, folder: Path) -> None:
     """Refuse before the first byte what the disk cannot hold."""
     needed = sum(placement.num_bytes.values()) + _SPARE_BYTES
@@ -249,8 +264,16 @@ class _HashedFile:
     def write(self, data: Array | bytes) -> None:
         buffer = memoryview(data if isinstance(data, bytes) else data.view(np.uint8).data).cast("B")
         done = 0
-        while done < len(buffer):
-            done += os.pwrite(self._file.fileno(), buffer[done:], self.num_bytes + done)
+        try:
+            while done < len(buffer):
+                done += os.pwrite(self._file.fileno(), buffer[done:], self.num_bytes + done)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise Gemma4Error(
+                f"{self.path}: the disk is full, {(self.num_bytes + done) / 1e9:.2f} GB of this file are written",
+                hint="free some room and run the same build again: it goes on from here",
+            ) from error
         self.hash.update(buffer)
         self.num_bytes += len(buffer)
 
@@ -266,16 +289,27 @@ class _HashedFile:
         self._file.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """A weight that is written: where it ends in its file, the hash of the file up to there, and its statistics."""
+
+    end: int
+    sha256: str
+    stats: WeightStats
+
+
 class _Journal:
     """Finished weights, one JSON line each. A half-written last line was not finished and is ignored."""
 
     def __init__(self, path: Path, key: str) -> None:
-        self.path, self.entries = path, dict[str, Any]()
+        self.path, self.entries = path, dict[str, _Finished]()
         lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
         try:
             parsed = [json.loads(line) for line in lines]
             if parsed and parsed[0] == {"key": key}:
-                self.entries = {entry["name"]: entry for entry in parsed[1:]}
+                for entry in parsed[1:]:
+                    stats = WeightStats(**entry["stats"])
+                    self.entries[entry["name"]] = _Finished(int(entry["end"]), str(entry["sha256"]), stats)
         except (ValueError, KeyError, TypeError):
             self.entries = {}
         if not self.entries:

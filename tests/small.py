@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
-import onnx_ir as ir
 import tiny
+from artifacts import traces
 from safetensors.numpy import save_file
 
 from gemma4_export.configs.formats import WeightFormat
@@ -24,7 +21,6 @@ from gemma4_export.configs.recipe import Recipe, load_recipe
 from gemma4_export.configs.target import load_target
 from gemma4_export.exporter import build
 from gemma4_export.exporter.small_tokenizer import write_small_tokenizer
-from gemma4_export.exporter.trace import trace_decoder
 from gemma4_export.exporter.write import WeightSource
 
 VOCAB_SIZE = 1728
@@ -51,6 +47,8 @@ class ArraySource:
     """Weights from a dict of canonical name -> array; absent ones are drawn, the same for the same name."""
 
     not_packed: tuple[str, ...] = ()
+    wide_scales: frozenset[str] = frozenset()
+    weight_paths: tuple[Path, ...] = ()
 
     def __init__(
         self,
@@ -105,20 +103,8 @@ def build_artifact(
         recipe=load_recipe(recipe) if isinstance(recipe, str) else recipe,
         **{"chunk": 7} | options,
     )
-    with traced_once():
+    with traces(fresh=False):
         return build.build_artifact(source, resolved, out, on_progress or (lambda *progress: None))
-
-
-@contextmanager
-def traced_once() -> Iterator[None]:
-    """Builds in this block take copies of one trace: it is nine tenths of a tiny build, and weights do not reach it."""
-    with mock.patch.object(build, "trace_decoder", lambda config: _trace(config).clone()):
-        yield
-
-
-@functools.cache
-def _trace(config: ModelConfig) -> ir.Model:
-    return trace_decoder(config)
 
 
 def files_of(folder: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Builds that are killed, damaged, raced or out of disk: what is at OUT is whole, and a later build ends in equal bytes.
+"""Builds that are killed, damaged, raced or out of disk: OUT is whole or absent, and a later build ends in equal bytes.
 
 Kills are real: a server process traces once, forks a child per build, and the test sends SIGKILL. The child's writes
 are slowed down and split, so that a kill can hit the middle of a weight, of a journal line, or the packaging.
@@ -23,14 +23,15 @@ from typing import Any, NamedTuple
 import pytest
 import small
 
-from gemma4_export.configs.errors import CheckpointError, ConfigError, Gemma4Error
+from gemma4_export.configs.artifact import Artifact
+from gemma4_export.configs.errors import ArtifactError, CheckpointError, ConfigError, Gemma4Error
 from gemma4_export.configs.formats import INT8
+from gemma4_export.configs.manifest import LOCK_NAME
 from gemma4_export.configs.names import RECIPE_ROLES
 from gemma4_export.configs.recipe import Recipe, load_recipe
 from gemma4_export.exporter import build, package, write
 from gemma4_export.exporter.checkpoint import Checkpoint
 from gemma4_export.exporter.dummy import DummySource
-from gemma4_export.exporter.package import LOCK_NAME
 from gemma4_export.exporter.write import JOURNAL_NAME
 
 HUB = {"structure": "e2b", "num_layers": 2}
@@ -51,6 +52,11 @@ def undisturbed(source, tmp_path_factory) -> dict[str, str]:
 
 def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
+
+
+def is_done(out: Path) -> bool:
+    """Nobody loads a folder that still has its lock."""
+    return out.exists() and not (out / LOCK_NAME).exists()
 
 
 class Stop(BaseException):
@@ -189,7 +195,7 @@ class BuildServer:
         self.process.wait(timeout=30)
 
 
-PAUSE = 0.002  # seconds within each write: a build takes about a second
+PAUSE = 0.004  # seconds within each write: a build takes about a second
 
 
 class Server(NamedTuple):
@@ -234,13 +240,13 @@ def test_a_build_killed_at_any_moment_resumes_to_identical_bytes(server, tmp_pat
                 os.kill(child, signal.SIGKILL)
             code = server.builds.wait()
             assert code in (0, -signal.SIGKILL)
-            if code == 0:
+            if is_done(out):  # it had come to its end before the kill
                 break
-            assert not out.exists()
+            assert code == -signal.SIGKILL
             killed += 1
             journal = partial_of(out) / JOURNAL_NAME
             resumed += journal.is_file() and len(journal.read_bytes().splitlines()) > 1
-        if not out.exists():
+        if not is_done(out):
             server.builds.start(out)
             assert server.builds.wait() == 0, "a resumed build failed"
         assert small.files_of(out) == server.files
@@ -401,7 +407,7 @@ def test_a_journal_of_other_weights_is_thrown_away(source, undisturbed, tmp_path
 def test_a_journal_of_another_dummy_model_is_thrown_away(tmp_path):
     """Two random models of one seed and one recipe; their tensors have the same names."""
     narrow, wide = (small.model_config("e2b", num_layers=2, hidden_size=size) for size in (32, 64))
-    for count in (1, 2, 9):
+    for count in (1, 9):
         out, alone = tmp_path / f"out{count}", tmp_path / f"alone{count}"
         stopped(DummySource(narrow), out, count)
         small.build_artifact(DummySource(wide), out, has_dummy_weights=True)
@@ -409,14 +415,10 @@ def test_a_journal_of_another_dummy_model_is_thrown_away(tmp_path):
         assert small.files_of(out) == small.files_of(alone)
 
 
-@pytest.mark.parametrize("keeps_times", [False, True])
-def test_a_journal_of_a_checkpoint_with_the_same_header_is_thrown_away(tmp_path, keeps_times):
+def test_a_journal_of_a_checkpoint_with_the_same_header_is_thrown_away(tmp_path):
     """A fine-tune, trained on: same names, shapes and sizes, other values."""
     before = small.write_checkpoint(tmp_path / "before", **HUB)
     after = small.write_checkpoint(tmp_path / "after", seed=1, **HUB)
-    if keeps_times:  # as `cp -a` and `rsync -t` do
-        times = (before / "model.safetensors").stat()
-        os.utime(after / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
     with Checkpoint(before) as opened:
         stopped(opened, tmp_path / "artifact")
     for out in ("artifact", "alone"):
@@ -480,14 +482,19 @@ def test_a_kill_in_the_last_steps(source, undisturbed, tmp_path, monkeypatch, fu
         if last:
             raise Stop
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, function, killed)
-        small.build_artifact(source, out)
-    if not out.exists():
-        small.build_artifact(source, out)
-    found = small.files_of(out)
-    found.pop(LOCK_NAME, None)
-    assert found == undisturbed
+        with pytest.raises(Stop):
+            small.build_artifact(source, out)
+    assert is_done(out) == (function == "unlink" and when == "after")
+    if is_done(out):
+        assert small.files_of(out) == undisturbed
+        return
+    if out.exists():
+        with pytest.raises(ArtifactError, match="its build has not finished"):
+            Artifact.open(out)
+    small.build_artifact(source, out)
+    assert small.files_of(out) == undisturbed
     assert not partial_of(out).exists()
 
 
@@ -549,7 +556,7 @@ def test_a_disk_that_fills_up_keeps_what_is_written(source, undisturbed, tmp_pat
 def test_a_disk_full_while_packaging(source, undisturbed, tmp_path, monkeypatch, owner):
     out = tmp_path / "artifact"
 
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **keywords: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
