@@ -28,12 +28,14 @@ from gemma4_export.configs.manifest import (
     LOCK_NAME,
     MANIFEST_NAME,
     CacheEntry,
+    CensusEntry,
     FileEntry,
     GraphEntry,
     KVLayout,
     Manifest,
     ModelEntry,
     RopeEntry,
+    ScalesEntry,
     TableEntry,
 )
 from gemma4_export.exporter.checkpoint import Checkpoint
@@ -93,10 +95,19 @@ def fixed_manifest() -> Manifest:
             num_layers=2,
             hidden_size_per_layer_input=3,
             max_position_embeddings=64,
+            num_experts=0,
+            top_k_experts=0,
             is_chat=True,
         ),
         target="cpu",
         recipe="bf16",
+        has_dummy_weights=False,
+        activations="int8",
+        census={
+            "decoder.mlp": CensusEntry(
+                format="int4/32", tensors=6, parameters=64, bytes=48, relative_error=0.125, codes=64, codes_kept=32
+            )
+        },
         context=32,
         chunk=8,
         rope_sliding=RopeEntry(theta=10000.0, head_dim=4, num_frequencies=2),
@@ -110,38 +121,66 @@ def fixed_manifest() -> Manifest:
                 CacheEntry(layer=1, kind="global", num_kv_heads=1, head_dim=8),
             ],
         ),
-        embed_tokens=TableEntry(file="w/é.bin", offset=64, format="bfloat16", rows=10, columns=4, scale=2.0),
-        embed_tokens_per_layer=TableEntry(file="w/é.bin", offset=0, format="float32", rows=2, columns=6, scale=0.1),
+        embed_tokens=TableEntry(
+            file="w/é.bin", offset=240, format="bfloat16", scales=None, rows=10, columns=4, scale=2.0
+        ),
+        embed_tokens_per_layer=TableEntry(
+            file="w/é.bin",
+            offset=0,
+            format="int8",
+            scales=ScalesEntry(offset=64, dtype="float32", per_row=1),
+            rows=10,
+            columns=6,
+            scale=0.1,
+        ),
         graphs={"decoder": GraphEntry(file="graphs/decoder.onnx", backend="ort-cpu", inputs=["x"], outputs=["logits"])},
         not_packed=["model.vision_tower.a"],
         versions={"torch": "2.13.0"},
         sources={"config.json": FileEntry(bytes=7, sha256="c0ffee")},
         files={
             "graphs/decoder.onnx": FileEntry(bytes=3, sha256="00"),
-            "w/é.bin": FileEntry(bytes=144, sha256="11"),
+            "w/é.bin": FileEntry(bytes=320, sha256="11"),
         },
     )
 
 
 GOLDEN = """\
 {
+ "activations": "int8",
+ "census": {
+  "decoder.mlp": {
+   "bytes": 48,
+   "codes": 64,
+   "codes_kept": 32,
+   "format": "int4/32",
+   "parameters": 64,
+   "relative_error": 0.125,
+   "tensors": 6
+  }
+ },
  "chunk": 8,
  "context": 32,
  "embed_tokens": {
   "columns": 4,
   "file": "w/é.bin",
   "format": "bfloat16",
-  "offset": 64,
+  "offset": 240,
   "rows": 10,
-  "scale": 2.0
+  "scale": 2.0,
+  "scales": null
  },
  "embed_tokens_per_layer": {
   "columns": 6,
   "file": "w/é.bin",
-  "format": "float32",
+  "format": "int8",
   "offset": 0,
-  "rows": 2,
-  "scale": 0.1
+  "rows": 10,
+  "scale": 0.1,
+  "scales": {
+   "dtype": "float32",
+   "offset": 64,
+   "per_row": 1
+  }
  },
  "files": {
   "graphs/decoder.onnx": {
@@ -149,7 +188,7 @@ GOLDEN = """\
    "sha256": "00"
   },
   "w/é.bin": {
-   "bytes": 144,
+   "bytes": 320,
    "sha256": "11"
   }
  },
@@ -166,6 +205,7 @@ GOLDEN = """\
    ]
   }
  },
+ "has_dummy_weights": false,
  "kv": {
   "caches": [
    {
@@ -192,7 +232,9 @@ GOLDEN = """\
   "max_position_embeddings": 64,
   "model_type": "gemma4",
   "name": "tiny",
+  "num_experts": 0,
   "num_layers": 2,
+  "top_k_experts": 0,
   "vocab_size": 10
  },
  "not_packed": [
@@ -248,17 +290,32 @@ def manifests(draw: st.DrawFn) -> Manifest:
             num_layers=st.integers(1, 99),
             hidden_size_per_layer_input=st.integers(0, 2),
             max_position_embeddings=sizes,
+            num_experts=st.integers(0, 128),
+            top_k_experts=st.integers(0, 8),
             is_chat=st.booleans(),
         )
     )
     paths = draw(st.lists(st.from_regex(r"[a-z]{1,3}(/[.a-z]?[a-z]{1,3}){0,2}", fullmatch=True), min_size=1))
     path = st.sampled_from(paths)
-    formats = st.sampled_from(["float32", "bfloat16"])
+    formats = st.sampled_from(["float32", "bfloat16", "int8", "int8/64", "int4/32"])
+    dtypes = st.sampled_from(["float16", "float32"])
+    scales = st.none() | st.builds(ScalesEntry, offset=st.integers(0, 64), dtype=dtypes, per_row=st.integers(1, 9))
+    census = st.builds(
+        CensusEntry,
+        format=formats,
+        tensors=sizes,
+        parameters=sizes,
+        bytes=sizes,
+        relative_error=numbers,
+        codes=sizes,
+        codes_kept=sizes,
+    )
     tokens = st.builds(
         TableEntry,
         file=path,
         offset=st.integers(0, 64),
         format=formats,
+        scales=scales,
         rows=st.just(vocab_size % 1000 + 1),
         columns=st.just(hidden_size % 1000 + 1),
         scale=numbers,
@@ -270,7 +327,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
         file=path,
         offset=st.integers(0, 64),
         format=formats,
-        rows=st.integers(1, 1000),
+        scales=scales,
+        rows=st.integers(1001, 2000),
         columns=st.just(columns),
         scale=numbers,
     )
@@ -287,6 +345,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         model=model,
         target=draw(words),
         recipe=draw(words),
+        has_dummy_weights=draw(st.booleans()),
+        activations=draw(st.sampled_from(["int8", "fp32"])),
+        census=draw(st.dictionaries(words, census, max_size=2)),
         context=chunk + draw(st.integers(0, 99)),
         chunk=chunk,
         rope_sliding=draw(st.none() | ropes),
@@ -349,8 +410,10 @@ def edited(path: str, value: object) -> str:
         ("graphs decoder file", "x.onnx", "manifest.json: x.onnx is used but not listed under files"),
         ("embed_tokens file", "x.bin", "manifest.json: x.bin is used but not listed under files"),
         ("embed_tokens_per_layer file", "x.bin", "manifest.json: x.bin is used but not listed under files"),
-        ("embed_tokens rows", 11, "manifest.json: embed_tokens: 11 rows, expected 10 (model)"),
-        ("embed_tokens offset", 65, "manifest.json: embed_tokens: ends at byte 145 of w/é.bin, which has 144"),
+        ("embed_tokens rows", 11, "manifest.json: embed_tokens: ends at byte 328 of w/é.bin, which has 320"),
+        ("embed_tokens rows", 9, "manifest.json: embed_tokens: 9 rows for 10 ids"),
+        ("embed_tokens_per_layer rows", 9, "manifest.json: embed_tokens_per_layer: 9 rows for 10 ids"),
+        ("embed_tokens offset", 241, "manifest.json: embed_tokens: ends at byte 321 of w/é.bin, which has 320"),
         ("embed_tokens_per_layer", None, "manifest.json: embed_tokens_per_layer: 0 columns, expected 6 (model)"),
         ("model hidden_size", 5, "manifest.json: embed_tokens: 4 columns, expected 5 (model)"),
         ("chunk", 0, "manifest.json: chunk 0 of context 32: expected 1 <= chunk <= context"),
@@ -562,7 +625,7 @@ def test_second_build_in_one_place_is_refused_and_the_first_finishes(tmp_path: P
         (work / "weights").write_text("half")
         with pytest.raises(ConfigError) as caught, partial_folder(out):
             pytest.fail("two builds at once")
-        assert caught.value.cause == f"{work}: another build is writing here"
+        assert f"another build is writing here (process {os.getpid()} on " in caught.value.cause
         assert names_in(work) == [LOCK_NAME, "weights"]
         assert refused(work).cause == f"{work}: its build has not finished"
     assert names_in(tmp_path) == ["out"]
@@ -592,11 +655,11 @@ def test_build_that_fails_midway_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Checkpoint, "rows", truncating)
     with pytest.raises(CheckpointError, match=r"model.safetensors: .*: ended \d+ bytes early"):
         build(checkpoint, out)
-    assert seen == [[LOCK_NAME, "graphs", "tokenizer"]]  # it was midway indeed
+    assert seen == [[LOCK_NAME, "graphs", "journal.jsonl", "tokenizer"]]  # it was midway indeed
     assert names_in(tmp_path) == ["checkpoint"]
 
 
-def test_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupted_build_leaves_a_folder_to_go_on_from_that_never_loads(tmp_path: Path) -> None:
     def interrupted() -> None:
         with partial_folder(tmp_path / "out") as work:
             (work / "folder").mkdir()
@@ -604,7 +667,8 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert names_in(tmp_path) == []
+    assert names_in(tmp_path) == ["out.partial"]
+    assert refused(tmp_path / "out.partial").cause.endswith("its build has not finished")
 
 
 def test_folder_made_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gemma4_export.configs.errors import CheckpointError, ConfigError, Gemma4Error
+from gemma4_export.configs.formats import FLOAT32
 from gemma4_export.configs.names import decoder_tensors, redundant_tensors
 from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.exporter.checkpoint import Checkpoint, read_header
-from gemma4_export.exporter.weights import place_weights, write_weights
+from gemma4_export.exporter.weights import place_weights
+from gemma4_export.exporter.write import write_weights
 
 Tensors = dict[str, torch.Tensor]
 PREFIX = "model.language_model."
@@ -140,12 +142,12 @@ def test_other_float_dtypes_are_read_and_converted_once(dtype: str, tmp_path: Pa
             placed = place_weights(checkpoint.specs.values(), load_recipe(recipe))
             out = tmp_path / recipe
             out.mkdir()
-            write_weights(checkpoint, placed, out, lambda name, count: None)
-            for name, weight in placed.items():
-                written = np.fromfile(
-                    out / weight.file, NUMPY[weight.format], int(np.prod(weight.shape)), offset=weight.offset
-                )
-                expected = tensors[f"model.{name}"].to(getattr(torch, weight.format))
+            write_weights(checkpoint, placed, out, key="", on_bytes=lambda name, count: None)
+            for name in checkpoint.specs:
+                weight = placed.weights[name]
+                kind, count = weight.format.kind, int(np.prod(weight.shape))
+                written = np.fromfile(out / weight.file, NUMPY[kind], count, offset=weight.offset)
+                expected = tensors[f"model.{name}"].to(getattr(torch, kind))
                 assert np.array_equal(written, as_numpy(expected).ravel()), name
 
 
@@ -178,7 +180,7 @@ def test_any_rows_equal_those_of_the_whole(data: st.DataObject, per_expert: Chec
 @given(name=st.sampled_from(READ), max_bytes=st.integers(1, 200_000))
 def test_slices_make_up_the_whole_in_order(name: str, max_bytes: int, per_expert: Checkpoint, fused: Tensors) -> None:
     num_rows, columns = per_expert.specs[name].row_shape
-    slices = list(per_expert.slices(name, max_bytes))
+    slices = list(per_expert.slices(name, FLOAT32, max_bytes))
     assert all(len(rows) == 1 or rows.nbytes <= max_bytes for rows in slices)
     assert np.array_equal(np.concatenate(slices), fused[PREFIX + name].numpy().reshape(num_rows, columns))
 
