@@ -54,7 +54,8 @@ def quantize(rows: Float32, form: WeightFormat, where: str) -> QuantizedRows:
     block = form.block or columns
     blocks = rows.reshape(n, columns // block, block)
     largest = np.maximum(blocks.max(axis=2), -blocks.min(axis=2))
-    check_finite(largest, where)
+    if not np.isfinite(largest).all():
+        check_finite(rows, where)
     if form.kind == "int4" and largest.max(initial=0) > limit * _LARGEST_FLOAT16:
         raise CheckpointError(f"{where}: holds {largest.max():.3g}, too large for a float16 scale", hint="use int8")
     scales = (largest / np.float32(limit)).astype(dtype)
@@ -116,4 +117,7 @@ def check_scales(rows: QuantizedRows, where: str) -> None:
 def check_finite(values: Array, where: str) -> None:
     """Raise CheckpointError when ``values`` holds NaN or Inf."""
     if not np.isfinite(values).all():
-        raise CheckpointError(f"{where}: holds NaN or Inf", hint="the checkpoint is damaged; fetch it again")
+        raise CheckpointError(
+            f"{where}: {int((~np.isfinite(values)).sum())} values are NaN or Inf",
+            hint="the checkpoint is damaged; fetch it again",
+        )

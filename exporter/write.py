@@ -173,7 +173,8 @@ def _convert(rows: Array | QuantizedRows, placed: PlacedWeight, name: str) -> _S
         values = dequantize(rows) if isinstance(rows, QuantizedRows) else rows
         with np.errstate(invalid="ignore"):  # NaN is refused in the next line, with a name
             largest = np.abs(values).max(initial=0)
-        check_finite(largest, name)
+        if not np.isfinite(largest):
+            check_finite(values, name)
         stored = values.astype(np.float32 if form.kind == "float32" else ml_dtypes.bfloat16, copy=False)
         stats = WeightStats(parameters=values.size)
         if stored.dtype != values.dtype:

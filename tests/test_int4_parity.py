@@ -141,7 +141,7 @@ def _cases() -> list[object]:
     return [
         pytest.param(structure, recipe, marks=() if recipe == "int4" or structure in _WIDEST else pytest.mark.full)
         for structure in STRUCTURES
-        for recipe in ("int4", "int4-quality", "int8", "mixed")
+        for recipe in ("int4", "int4-quality", "int8", "int8-blocks", "mixed")
     ]
 
 
@@ -190,7 +190,7 @@ def plain_artifact(structure: str, recipe: str) -> Path:
     return built(tiny.checkpoint(structure), recipe_called(recipe))
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int4-quality", "int4", "mixed"])
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int8-blocks", "int4-quality", "int4", "mixed"])
 @every_structure
 def test_every_recipe_builds_loads_and_generates(structure, recipe):
     model = Gemma4.load(plain_artifact(structure, recipe), check="full")
@@ -200,7 +200,11 @@ def test_every_recipe_builds_loads_and_generates(structure, recipe):
     assert 1 <= len(produced) <= 6
     logits = model.forward(ids)
     assert np.isfinite(logits).all()
-    if recipe in ("bf16", "int8"):  # four bits scramble random weights: there only the grid above can judge
+    if recipe in (
+        "bf16",
+        "int8",
+        "int8-blocks",
+    ):
         plain = Gemma4.load(plain_artifact(structure, "fp32")).forward(ids)
         assert 0 < np.abs(logits - plain).mean() < 0.35 * np.abs(plain).mean()
 
@@ -223,12 +227,12 @@ def bytes_of(spec: TensorSpec, form: WeightFormat, *, is_table: bool) -> int:
     if form.kind == "int4":
         return weights // 2 + weights // form.block * (2 if is_table else 4)
     if form.kind == "int8":
-        block = math.gcd(columns, 256)
-        return weights + n * (1 if is_table else columns // block) * 4
+        block = form.block or (columns if is_table else math.gcd(columns, 256))
+        return weights + n * (columns // block) * 4
     return weights * (2 if form.kind == "bfloat16" else 4)
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "int8", "int4", "int4-quality", "mixed"])
+@pytest.mark.parametrize("recipe", ["bf16", "int8", "int8-blocks", "int4", "int4-quality", "mixed"])
 @every_structure
 def test_the_census_counts_every_weight_and_its_error(structure, recipe):
     chosen = recipe_called(recipe)

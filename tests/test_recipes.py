@@ -14,7 +14,7 @@ from gemma4_export.configs.recipe import load_recipe, recipe_names
 from gemma4_export.exporter.weights import place_weights
 
 INT4 = WeightFormat("int4", 32)
-SHIPPED = ("bf16", "fp32", "int4", "int4-quality", "int4-rtn", "int8")
+SHIPPED = ("bf16", "fp32", "int4", "int4-quality", "int4-rtn", "int8", "int8-blocks")
 
 
 def test_the_shipped_recipes():
@@ -72,11 +72,12 @@ def refused(path: str) -> ConfigError:
     return error.value
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8"])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_file_of_ones_own_is_read(tmp_path, block):
-    recipe = load_recipe(recipe_file(tmp_path, decoder__mlp=f"int4/{block}", decoder__head="int8"))
+def test_a_file_of_ones_own_is_read(tmp_path, kind, block):
+    recipe = load_recipe(recipe_file(tmp_path, decoder__mlp=f"{kind}/{block}", decoder__head="int8"))
     assert recipe.name == "mine"
-    assert recipe.formats["decoder.mlp"] == WeightFormat("int4", block)
+    assert recipe.formats["decoder.mlp"] == WeightFormat(kind, block)
     assert recipe.formats["decoder.head"] == INT8
     assert recipe.formats["decoder.attention"] == BFLOAT16
     assert not recipe.prefers_qat
@@ -101,7 +102,7 @@ def test_norms_are_no_role_of_a_recipe(tmp_path):
         ("int4/²", "known: int4/32, int4/64, int4/128"),
         ("int8/", "did you mean 'int8'?"),
         ("bfloat", "did you mean 'bfloat16'?"),
-        ("q4_k_m", "known: bfloat16, float32, int4/128, int4/32, int4/64, int8"),
+        ("q4_k_m", "known: bfloat16, float32, int4/128, int4/32, int4/64, int8, int8/128, int8/32, int8/64"),
     ],
 )
 def test_an_unknown_format_names_its_role_and_the_nearest(tmp_path, form, hint):
