@@ -43,7 +43,7 @@ LiberationMono-Regular LiberationSans-Bold LiberationSans-Regular LiberationSeri
 
 @cache
 def font_files() -> tuple[Path, ...]:
-    """The fonts to draw with, from demo/.work/fonts or the system; Pillow's own is used beside them and needs no file."""
+    """The fonts to draw with, from demo/.work/fonts or the system; Pillow's own is used beside them, without a file."""
     folders = (Path(__file__).parent / ".work" / "fonts", *Path("/usr/share/fonts/truetype").glob("*"))
     found = ([folder / f"{name}.ttf" for folder in folders if (folder / f"{name}.ttf").exists()] for name in _FONTS)
     return tuple(files[0] for files in found if files)
