@@ -35,11 +35,18 @@ cat dog sun sea cup hat pen key map box bag car bus ant bee cow pig fox owl egg 
 """.split()
 
 
+_FONTS = """
+DejaVuSans-Bold DejaVuSans DejaVuSansCondensed DejaVuSansMono DejaVuSerif
+LiberationMono-Regular LiberationSans-Bold LiberationSans-Regular LiberationSerif-Regular
+""".split()
+
+
 @cache
 def font_files() -> tuple[Path, ...]:
-    """The fonts to draw with: those in demo/.work/fonts if there are any, else the system's DejaVu and Liberation."""
-    own = sorted((Path(__file__).parent / ".work" / "fonts").glob("*.ttf"))
-    return tuple(own or sorted(Path("/usr/share/fonts/truetype").glob("*/*-*[rd].ttf")))
+    """The fonts to draw with, from demo/.work/fonts or the system; Pillow's own is used beside them, without a file."""
+    folders = (Path(__file__).parent / ".work" / "fonts", *Path("/usr/share/fonts/truetype").glob("*"))
+    found = ([folder / f"{name}.ttf" for folder in folders if (folder / f"{name}.ttf").exists()] for name in _FONTS)
+    return tuple(files[0] for files in found if files)
 
 
 @cache

@@ -449,20 +449,38 @@ def test_installed_commands_end_without_traceback(workplace: Path) -> None:
         assert len(finished.stderr.splitlines()) == 2
 
 
-def test_interrupted_command_leaves_nothing(workplace: Path) -> None:
+def end_midway(workplace: Path, sent: signal.Signals) -> tuple[int, str, str]:
+    """Build into ``out``, send a signal once the work has begun; exit code, stdout, stderr."""
     command = [Path(sys.executable).parent / "gemma4-export", "build", "--checkpoint", "checkpoint", "--target", "cpu"]
-    with subprocess.Popen(
-        [*command, "--out", "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "--out", "out"], **pipes) as process:
         try:
             for _ in range(600):
                 if (workplace / "out.partial" / "tokenizer").exists() or process.poll() is not None:
                     break
                 time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, out) == (130, "")
+    return process.returncode, out, err
+
+
+def test_interrupted_command_leaves_nothing(workplace: Path) -> None:
+    code, out, err = end_midway(workplace, signal.SIGINT)
+    assert (code, out) == (130, "")
     assert "Traceback" not in err
     assert sorted(path.name for path in workplace.iterdir()) == ["artifact", "checkpoint"]
+
+
+def test_killed_command_leaves_what_never_loads_and_the_next_build_replaces(workplace: Path, run: Run) -> None:
+    code, *_ = end_midway(workplace, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert sorted(path.name for path in workplace.iterdir()) == ["artifact", "checkpoint", "out.partial"]
+    for command in ("gemma4-export inspect out.partial", "gemma4-run generate out.partial --prompt hello"):
+        outcome = run(command)
+        outcome.check_refused(CHECK_FAILED)
+        assert outcome.err.startswith("error: out.partial: its build has not finished\n")
+    assert run("gemma4-export build --checkpoint checkpoint --target cpu --out out").code == 0
+    assert sorted(path.name for path in workplace.iterdir()) == ["artifact", "checkpoint", "out"]
+    assert run("gemma4-export inspect out --check").code == 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from conftest import REPOSITORY
 from transformers import AutoConfig
 
@@ -359,6 +360,14 @@ def test_shipped_config_saved_again_by_transformers_is_the_same_model(name: str,
     for part in (config, config.get_text_config()):  # multimodal, and as a text-only save has it
         again = json.loads(json.dumps(part.to_dict()))
         assert ModelConfig.from_hf(again) == load_model(name).config
+
+
+@pytest.mark.parametrize("structure", tiny.STRUCTURES)
+def test_tiny_checkpoints_are_the_same_model_in_every_spelling(structure: str) -> None:
+    spellings = ({}, {"spelling": "resaved"}, {"text_only": True}, {"text_only": True, "spelling": "resaved"})
+    folders = [tiny.checkpoint(structure, **arguments) for arguments in spellings]
+    configs = [ModelConfig.from_hf(json.loads((folder / "config.json").read_text("utf-8"))) for folder in folders]
+    assert configs == configs[:1] * len(configs)
 
 
 def test_per_layer_config_may_name_one_of_the_two() -> None:
