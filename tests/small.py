@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,20 @@ VOCAB_SIZE = 1728
 """Rows of the tables: what the small tokenizer that comes with random weights needs."""
 
 
+_scratch = tempfile.TemporaryDirectory(prefix="gemma4-small-")
+
+
+def scratch_folder() -> str:
+    """A fresh folder that lives as long as this process."""
+    return tempfile.mkdtemp(dir=_scratch.name)
+
+
 def hub_config(structure: str, *, num_layers: int | None = None, **changes: Any) -> dict[str, Any]:
-    """The text config of a tiny model, cut to its first layers (none of them shares KV) and changed."""
+    """The text config of a tiny model, with so many layers of its pattern (none of them shares KV), and changed."""
     config: dict[str, Any] = tiny.hub_config(structure, text_only=True)
     config |= {"vocab_size": VOCAB_SIZE, "vocab_size_per_layer_input": VOCAB_SIZE}
     if num_layers is not None:
-        layers = [*config["layer_types"][: num_layers - 1], "full_attention"]  # the last one is always global
+        layers = [*(config["layer_types"] * num_layers)[: num_layers - 1], "full_attention"]  # the last one always is
         config |= {"num_hidden_layers": num_layers, "layer_types": layers, "num_kv_shared_layers": 0}
         config["use_double_wide_mlp"] = False  # only layers that share KV are
     return config | changes

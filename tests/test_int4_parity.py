@@ -200,11 +200,8 @@ def test_every_recipe_builds_loads_and_generates(structure, recipe):
     assert 1 <= len(produced) <= 6
     logits = model.forward(ids)
     assert np.isfinite(logits).all()
-    if recipe in (
-        "bf16",
-        "int8",
-        "int8-blocks",
-    ):
+    # Four bits scramble random weights: of them only the grid above can judge.
+    if recipe in {"bf16", "int8", "int8-blocks"}:
         plain = Gemma4.load(plain_artifact(structure, "fp32")).forward(ids)
         assert 0 < np.abs(logits - plain).mean() < 0.35 * np.abs(plain).mean()
 
