@@ -36,7 +36,7 @@ class Artifact:
         if (folder / LOCK_NAME).exists():
             raise ArtifactError(
                 f"{folder}: its build has not finished",
-                hint=f"wait for it; if it was killed: rm -r {folder}, build again",
+                hint="wait for it; if it was killed, run it again",
             )
         if not path.is_file():
             cause = "no manifest.json in it" if folder.is_dir() else "no such folder"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma4_export.configs.errors import ConfigError
-from gemma4_export.configs.toml import check_keys, load_named
+from gemma4_export.configs.toml import check_keys, load_named, names_in
 
 BACKENDS = ("ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx")
 BUILT_BACKEND = "ort-cpu"
@@ -28,6 +28,10 @@ class Target:
     memory_bytes: int | None
     """Of the device; None: the machine's own."""
     bandwidth_bytes_per_s: int | None
+
+
+def target_names() -> list[str]:
+    return names_in(_FOLDER)
 
 
 def load_target(name: str) -> Target:

@@ -17,7 +17,7 @@ from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.models import load_model
 from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.configs.target import load_target
-from gemma4_export.exporter.build import _kv_layout, resolve_options
+from gemma4_export.exporter.build import kv_layout, resolve_options
 from gemma4_export.plugins.attention.reference import attention
 from gemma4_export.runtime.kv_cache import CallSlots, KVCache, move_slots
 
@@ -185,7 +185,7 @@ def test_growth_keeps_contents_doubles_buckets_and_stops_at_the_context(sequence
         size = cache.buffers[1][0].shape[2]
         if size != sizes[-1]:
             sizes.append(size)
-        assert cache.generation == len(sizes) - 1  # a session binds again exactly when buffers were replaced
+        assert cache.num_reallocations == len(sizes) - 1  # a session binds again exactly when buffers were replaced
     doubled = [layout.global_bucket * 2**power for power in range(12)]
     assert all(size == context or size in doubled for size in sizes)
     assert all(size < cache.length for size in sizes[:-1])
@@ -250,7 +250,7 @@ def layout_of(config: ModelConfig, chunk: int) -> KVLayout:
     """The layout that a build writes into the manifest."""
     target, recipe = load_target("cpu"), load_recipe("fp32")
     options = resolve_options(config, model_name="any", target=target, recipe=recipe, context=None, chunk=chunk)
-    return _kv_layout(config, options)
+    return kv_layout(config, options)
 
 
 @pytest.mark.parametrize("size", BYTES_PER_TOKEN)

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.model import LayerConfig, ModelConfig
-from gemma4_export.configs.models import load_model, model_names
+from gemma4_export.configs.models import load_model, model_names, name_of
 from gemma4_export.configs.names import decoder_tensors, redundant_tensors
 
 S, F = "sliding_attention", "full_attention"

@@ -125,7 +125,7 @@ def test_global_caches_grow_through_buckets_while_the_graph_runs(structure):
     runtime = Gemma4(dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, kv=kv)))
     want, cache = expected(structure), runtime.new_cache()
     assert want.difference(runtime.forward(want.ids, cache=cache)) <= want.bound
-    assert cache.generation == 3  # 8 -> 16 -> 32 -> 64 slots
+    assert cache.num_reallocations == 3  # 8 -> 16 -> 32 -> 64 slots
     entry = next(entry for entry in kv.caches if entry.kind == "global")
     assert cache.buffers[entry.layer][0].shape[2] == 64
 
