@@ -1,4 +1,4 @@
-"""``make demo``: build the demo artifact for this machine's processor and hold a short conversation with it, offline."""
+"""``make demo``: build the demo artifact for this machine's processor and talk to it, offline."""
 
 from __future__ import annotations
 

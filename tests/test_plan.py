@@ -306,7 +306,7 @@ def test_the_memory_of_a_cpu_target_is_the_machines_own(monkeypatch):
 
 def test_lengths_out_of_range_are_refused():
     for lengths in ({"context": 0}, {"context": 10**7}, {"chunk": 0}, {"context": 100, "chunk": 101}):
-        with pytest.raises(ConfigError, match="--context|--chunk"):
+        with pytest.raises(ConfigError, match=r"--context|--chunk"):
             planned("e2b", "cpu", "int4", **lengths)
 
 
