@@ -172,7 +172,7 @@ def experts_used(hub: dict[str, object], source: DummySource) -> list[int]:
             lambda module, inputs, outputs: chosen.append(outputs[0].topk(8).indices.unique().numel())
         )
     reference.logits(random_prompt(length=192, seed=0))
-    assert len(chosen) == len(routers) == 12
+    assert len(chosen) == len(routers) == hub["num_hidden_layers"]
     return chosen
 
 
