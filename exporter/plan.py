@@ -10,12 +10,14 @@ from gemma4_export.configs.manifest import KVLayout
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.models import ReleasedModel
 from gemma4_export.configs.names import EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, LM_HEAD, decoder_tensors
-from gemma4_export.configs.recipe import Recipe, load_recipe, recipe_names
+from gemma4_export.configs.recipe import Recipe, load_recipe
 from gemma4_export.configs.target import Target
 from gemma4_export.exporter.build import BuildOptions, kv_layout, resolve_lengths
 from gemma4_export.exporter.weights import Placement, StoredWeight, place_weights
 
 _PROCESS_BYTES = 300 << 20  # Python, NumPy and onnxruntime's own code and tables, measured on an empty session
+# Of each size the recipe that suits any checkpoint, largest first.
+_RECIPES_BY_SIZE = ("bf16", "int8", "int4-quality", "int4")
 _OTHER_FILES_BYTES = 40 << 20  # tokenizer.json is 32 MB, graphs up to a few
 
 
@@ -76,7 +78,7 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
     is_cpu = "ort-cpu" in target.backends
     kv_item = 4 if is_cpu else 2  # ort-cpu computes in float32, GPUs in 16 bits
     layout = kv_layout(config, options)
-    weights = sum(_memory_bytes(weight, is_cpu=is_cpu) for weight in placement.stored)
+    weights = sum(_memory_bytes(weight, placement, is_cpu=is_cpu) for weight in placement.stored)
     memory = target.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     scratch = _scratch_bytes(config, options.chunk)
     room = memory - _PROCESS_BYTES - weights - scratch
@@ -119,11 +121,13 @@ def check_fits(plan: Plan, model: ReleasedModel, options: BuildOptions) -> None:
     )
     if plan.longest_context > 0:
         raise ConfigError(cause, hint=f"--context {plan.longest_context} fits")
-    for name in recipe_names():
-        recipe = load_recipe(name)
-        other = make_plan(model, replace(options, recipe=recipe))
-        if other.longest_context > 0 and other.weights_in_memory_bytes < plan.weights_in_memory_bytes:
-            raise ConfigError(cause, hint=f"--recipe {name} --context {min(other.longest_context, plan.context)} fits")
+    others = [make_plan(model, replace(options, recipe=load_recipe(name))) for name in _RECIPES_BY_SIZE]
+    smaller = [other for other in others if other.weights_in_memory_bytes < plan.weights_in_memory_bytes]
+    # Of those that reach the wanted context the largest, which comes first; else the one that reaches furthest.
+    best = max(smaller, key=lambda other: min(other.longest_context, plan.context), default=plan)
+    if best.longest_context > 0:
+        context = min(best.longest_context, plan.context)
+        raise ConfigError(cause, hint=f"--recipe {best.recipe} --context {context} fits")
     raise ConfigError(cause, hint="no recipe of this model fits; try a smaller model or a target with more memory")
 
 
@@ -134,7 +138,7 @@ def _role_bytes(placement: Placement) -> dict[str, int]:
     return sizes
 
 
-def _memory_bytes(weight: StoredWeight, *, is_cpu: bool) -> int:
+def _memory_bytes(weight: StoredWeight, placement: Placement, *, is_cpu: bool) -> int:
     """What the backend holds of a weight; mapped tables count nothing.
 
     onnxruntime's CPU provider widens float matrices to float32 and keeps, beside each scale of a quantised one, the sum
@@ -142,24 +146,21 @@ def _memory_bytes(weight: StoredWeight, *, is_cpu: bool) -> int:
     """
     placed, form = weight.placed, weight.placed.format
     rows, columns = placed.row_shape
-    if weight.name == EMBED_TOKENS_PER_LAYER or (weight.name == EMBED_TOKENS and not _is_head(weight)):
+    # The token table is the head as well where both have one format.
+    is_head = placement.weights[LM_HEAD] == placed
+    if weight.name == EMBED_TOKENS_PER_LAYER or (weight.name == EMBED_TOKENS and not is_head):
         return 0
     if not form.is_quantized:
         return 4 * rows * columns if is_cpu else placed.code_bytes
     if is_cpu:
         return placed.code_bytes + 2 * placed.scale_bytes
-    return placed.code_bytes + rows * (2 * columns // form.block if form.kind == "int4" else 4)
-
-
-def _is_head(weight: StoredWeight) -> bool:
-    """The token table is the head as well where both have one format: its scales are then those of a matrix."""
-    scales = weight.placed.scales
-    return scales is None or scales.dtype == "float32"
+    return placed.code_bytes + rows * (columns // (form.block or columns)) * (2 if form.kind == "int4" else 4)
 
 
 def _largest_conversion(placement: Placement, *, is_cpu: bool) -> int:
     """While a weight is packed or widened, source and result exist side by side; one weight at a time."""
-    return max(weight.placed.code_bytes + _memory_bytes(weight, is_cpu=is_cpu) for weight in placement.stored)
+    held = {weight.name: _memory_bytes(weight, placement, is_cpu=is_cpu) for weight in placement.stored}
+    return max(weight.placed.code_bytes + held[weight.name] for weight in placement.stored if held[weight.name])
 
 
 def _read_bytes(config: ModelConfig, placement: Placement, *, is_cpu: bool) -> int:
@@ -167,10 +168,8 @@ def _read_bytes(config: ModelConfig, placement: Placement, *, is_cpu: bool) -> i
     total = 0.0
     moe = next((layer.moe for layer in config.layers if layer.moe), None)
     for weight in placement.stored:
-        if weight.name == EMBED_TOKENS and LM_HEAD in {other.name for other in placement.stored}:
-            continue
         share = moe.top_k / moe.num_experts if moe and weight.role == "decoder.experts" else 1.0
-        total += share * _memory_bytes(weight, is_cpu=is_cpu)
+        total += share * _memory_bytes(weight, placement, is_cpu=is_cpu)
     return int(total)
 
 

@@ -145,7 +145,10 @@ def test_other_processes_and_other_days_draw_the_same(hash_seed):
 
 
 def test_all_experts_of_deep_layers_are_used():
-    """As many experts as 26B-A4B, and tokens for twice as many choices as a uniform router needs to reach them all."""
+    """As many experts as 26B-A4B, and tokens for twelve choices of each; a uniform router would leave none out.
+
+    A model this narrow spreads its tokens with post-norms of 1.0 as well: what those do at full width it cannot show.
+    """
     hub = small.hub_config(
         "26b-a4b", num_layers=12, num_experts=128, top_k_experts=8, hidden_size=128, moe_intermediate_size=32
     )
@@ -172,7 +175,7 @@ def experts_used(hub: dict[str, object], source: DummySource) -> list[int]:
             lambda module, inputs, outputs: chosen.append(outputs[0].topk(8).indices.unique().numel())
         )
     reference.logits(random_prompt(length=192, seed=0))
-    assert len(chosen) == len(routers) == 12
+    assert len(chosen) == len(routers) == hub["num_hidden_layers"]
     return chosen
 
 
