@@ -97,12 +97,17 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
     what = f"{manifest.model.name} for {manifest.target}, {manifest.recipe}"
     print(f"{folder}: {what}, {size / 1e6:.1f} MB, {seconds:.0f} s")
     for role, entry in sorted(manifest.census.items()):
-        if entry.codes:
+        # Plain values that were stored as they came need no line.
+        if entry.codes or entry.relative_error:
             kept = f", {entry.codes - entry.codes_kept} of {entry.codes} codes changed" if entry.codes_kept else ""
             print(
                 f"  {role}: {entry.tensors} tensors, {entry.parameters / 1e6:.1f} M parameters as {entry.format}, "
                 f"{entry.bytes / 1e6:.1f} MB, relative error {entry.relative_error:.4f}{kept}"
             )
+    first, full = manifest.kv.num_bytes(manifest.kv.global_bucket), manifest.kv.num_bytes(manifest.context)
+    print(
+        f"context {manifest.context} tokens: {first / 1e6:.1f} MB of KV at first, {full / 1e6:.1f} MB when it is full"
+    )
     for prefix in NOT_PACKED_PREFIXES:
         count = sum(name.startswith(prefix) for name in manifest.not_packed)
         if count:
