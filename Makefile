@@ -29,6 +29,8 @@ clean:  ## remove environments, caches and built artifacts
 	rm -rf .venv .venv-* gemma4-* build dist .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; give a newer one: make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu takes PyTorch's CPU build (0.2 GB instead of 2.6 GB).

@@ -39,7 +39,8 @@ class Artifact:
                 hint="wait for it; if it was killed, run it again",
             )
         if not path.is_file():
-            cause = "no manifest.json in it" if folder.is_dir() else "no such folder"
+            missing = "a file, not a folder" if folder.exists() else "no such folder"
+            cause = "no manifest.json in it" if folder.is_dir() else missing
             raise ArtifactError(f"{folder}: {cause}", hint="an artifact is a folder that gemma4-export build wrote")
         try:
             manifest = Manifest.from_json(path.read_text(encoding="utf-8"))

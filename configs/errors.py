@@ -34,5 +34,9 @@ class ArtifactError(Gemma4Error):
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the known spelling closest to ``name``, or all of them when none is close."""
     names = sorted(known)
+    # "26b" means "26b-a4b", however close "12b" is by letters.
+    longer = [other for other in names if other.startswith(name)] if name else []
+    if longer:
+        return f"did you mean {min(longer, key=len)!r}?"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

@@ -8,6 +8,7 @@ from typing import Literal
 from gemma4_export.configs.errors import ConfigError, nearest
 
 Kind = Literal["float32", "bfloat16", "int8", "int4"]
+_INT8_MULTIPLE = 16  # onnxruntime's smallest block, which a row with one scale is cut into
 BLOCKS = (32, 64, 128)
 """Weights along K that can share one scale."""
 
@@ -57,10 +58,16 @@ class WeightFormat:
         Raises:
             ConfigError: the hint names the largest block that does, if any.
         """
-        if not self.block or columns % self.block == 0:
+        if columns % (self.block or (_INT8_MULTIPLE if self.kind == "int8" else 1)) == 0:
             return
+        if not self.block:
+            raise ConfigError(
+                f"{where}: int8 needs columns in multiples of {_INT8_MULTIPLE}, found {columns}",
+                hint='give the role "bfloat16" in a recipe of your own: --recipe FILE.toml',
+            )
         legal = [size for size in BLOCKS if columns % size == 0]
-        hint = f"use block {max(legal)}" if legal else "use int8 for this role"
+        other = "int8" if columns % _INT8_MULTIPLE == 0 else "bfloat16"
+        hint = f"use block {max(legal)}" if legal else f"use {other} for this role"
         raise ConfigError(f"{where}: block {self.block} does not divide its {columns} columns", hint=hint)
 
 

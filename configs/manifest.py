@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.configs.errors import ArtifactError, ConfigError
 from gemma4_export.configs.formats import WeightFormat
 
 FORMAT = 1
@@ -232,7 +232,10 @@ def _check_numbers(manifest: Manifest) -> None:
     """Raise ArtifactError where two entries contradict each other, before a buffer is sized by one of them."""
     model, kv, context, chunk = manifest.model, manifest.kv, manifest.context, manifest.chunk
     slots = 0 if kv.sliding_window is None else kv.sliding_window - 1 + chunk
+    thetas = [rope.theta for rope in (manifest.rope_sliding, manifest.rope_global) if rope is not None]
     promises = [
+        (min(thetas) > 0, f"rope theta {min(thetas)}: expected above 0"),
+        (context <= model.max_position_embeddings, f"context {context} of {model.max_position_embeddings} positions"),
         ("decoder" in manifest.graphs, "graphs: no decoder"),
         (1 <= chunk <= context, f"chunk {chunk} of context {context}: expected 1 <= chunk <= context"),
         (kv.sliding_window != 0 and kv.global_bucket > 0, "kv: sliding_window and global_bucket must be above 0"),
@@ -252,12 +255,24 @@ def _check_numbers(manifest: Manifest) -> None:
         found = 0 if table is None else table.columns
         promises.append((found == columns, f"{name}: {found} columns, expected {columns} (model)"))
         if table is not None:
+            _check_format(name, table)
             promises.append((table.rows >= model.vocab_size, f"{name}: {table.rows} rows for {model.vocab_size} ids"))
             end, size = table.end, manifest.files[table.file].bytes
             promises.append((end <= size, f"{name}: ends at byte {end} of {table.file}, which has {size}"))
     for holds, cause in promises:
         if not holds:
             raise ArtifactError(f"{MANIFEST_NAME}: {cause}", hint=_REBUILD)
+
+
+def _check_format(name: str, table: TableEntry) -> None:
+    try:
+        form = WeightFormat.parse(table.format)
+    except ConfigError as error:
+        raise ArtifactError(f"{MANIFEST_NAME}: {name}: {error.cause}", hint=_REBUILD) from error
+    if form.is_quantized != (table.scales is not None):
+        raise ArtifactError(
+            f"{MANIFEST_NAME}: {name}: {form} {'without' if form.is_quantized else 'with'} scales", hint=_REBUILD
+        )
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:

@@ -44,7 +44,8 @@ def main() -> None:
             print("thinks  " + thought.strip().replace("\n", "\n        "))
         print("gemma   " + _THOUGHT.sub("", raw).removesuffix("<turn|>"))
     print(f"\n{num_tokens} tokens in {seconds:.1f} s; {time.perf_counter() - started:.0f} s in all, build included")
-    print(f'next: gemma4-run generate {ARTIFACT} --prompt "What is 12 + 30?"')
+    command = Path(sys.executable).with_name("gemma4-run")
+    print(f'next: {command} generate {ARTIFACT} --prompt "What is 12 + 30?"  (it knows sums and small talk, no more)')
 
 
 if __name__ == "__main__":

@@ -101,9 +101,9 @@ def resolve_lengths(config: ModelConfig, target: Target, *, context: int | None,
     """
     longest = config.max_position_embeddings
     context = longest if context is None else context
-    if not 1 <= context <= longest:
+    if not 2 <= context <= longest:  # a prompt and an answer of one token each
         raise ConfigError(
-            f"--context {context}: expected 1 to {longest}, the model's max_position_embeddings",
+            f"--context {context}: expected 2 to {longest}, the model's max_position_embeddings",
             hint=f"leave --context out for {longest} tokens",
         )
     default = min(target.chunk, context)

@@ -6,13 +6,14 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from gemma4_export.configs.errors import CheckpointError, ConfigError
-from gemma4_export.configs.manifest import LOCK_NAME, FileEntry
+from gemma4_export.configs.manifest import LOCK_NAME, MANIFEST_NAME, FileEntry
 from gemma4_export.exporter.passes.external import GRAPHS_FOLDER
 from gemma4_export.exporter.weights import WEIGHTS_FOLDER
 from gemma4_export.exporter.write import JOURNAL_NAME
@@ -29,10 +30,15 @@ def partial_folder(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: ``out`` exists, another build is writing it, or ``OUT.partial`` is not ours.
     """
+    if not out.name:
+        raise ConfigError(f"--out {str(out)!r} names no new folder", hint="give a name, such as --out gemma4-e2b-cpu")
     work = out.with_name(out.name + ".partial")
     _take_back(out, work)
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out}: exists already", hint=f"give another --out, or remove it: rm -r {out}")
+        # Only an artifact is ours to call removable: --out may name a checkpoint, or a whole home.
+        is_artifact = (out / MANIFEST_NAME).is_file()
+        hint = "give another --out" + (f", or remove it: rm -r {shlex.quote(str(out))}" if is_artifact else "")
+        raise ConfigError(f"{out}: exists already", hint=hint)
     lock = work / LOCK_NAME
     if work.exists() and not lock.is_file() and (not work.is_dir() or any(work.iterdir())):
         raise ConfigError(f"{work}: exists and was not made by gemma4-export", hint="give another --out")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.exporter.quantize import QuantizedRows
 
@@ -20,18 +19,13 @@ _LARGEST_BLOCK = 256  # of MatMulNBits' sizes; fewer scales to read than with a 
 
 
 def matmul_block(form: WeightFormat, columns: int) -> int:
-    """Weights per scale in MatMulNBits: the format's own block, or for int8 rows the largest that divides K.
-
-    Raises:
-        ConfigError: K is no multiple of 16, the smallest block there is.
-    """
+    """Weights per scale in MatMulNBits: the format's own block, or for int8 rows the largest that divides K."""
     if form.block:
         return form.block
     block = _LARGEST_BLOCK
     while columns % block:
         block //= 2
-    if block < 16:
-        raise ConfigError(f"int8 needs columns in multiples of 16, found {columns}", hint="use bfloat16 for this role")
+    assert block >= 16, f"{columns} columns: WeightFormat.check_columns lets only multiples of 16 through"
     return block
 
 

@@ -42,7 +42,7 @@ def copy_tokenizer(checkpoint: Path, folder: Path, *, vocab_size: int) -> None:
     for key in ("eos_token_id", "suppress_tokens"):
         value = generation.get(key)
         for index in value if isinstance(value, list) else [] if value is None else [value]:
-            if not isinstance(index, int) or not 0 <= index < vocab_size:
+            if type(index) is not int or not 0 <= index < vocab_size:
                 raise ConfigError(
                     f"generation_config.json: {key}: {index!r} is no id of a vocabulary of {vocab_size}",
                     hint="generation_config.json and config.json belong to different models",
@@ -51,7 +51,41 @@ def copy_tokenizer(checkpoint: Path, folder: Path, *, vocab_size: int) -> None:
         raise ConfigError("generation_config.json: no eos_token_id, so nothing would stop", hint="download it again")
     template = read_chat_template(checkpoint)
     if template is not None:
+        _check_template(template)
         (folder / CHAT_TEMPLATE).write_bytes(template.encode())
+    _check_tokenizer(folder)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Refuse now what the runtime would refuse at load, after minutes of writing weights."""
+    import tokenizers
+
+    config = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    bos = config.get("bos_token") or "<bos>"
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises Exception itself, for whatever it does not like
+        raise ConfigError(f"tokenizer.json: no tokenizer ({error})", hint="download it again") from error
+    names = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    if bos not in names:
+        raise ConfigError(
+            f"tokenizer.json: {bos!r} is not among its {len(names)} control tokens",
+            hint="copy tokenizer.json and tokenizer_config.json from one checkpoint",
+        )
+
+
+def _check_template(template: str) -> None:
+    import jinja2
+
+    hint = "download chat_template.jinja again, or remove it to build a model that only continues text"
+    if not template.strip():
+        raise ConfigError("chat_template.jinja: empty", hint=hint)
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        if "generation" not in str(error):  # transformers' own tag, which the runtime knows
+            raise ConfigError(f"chat_template.jinja, line {error.lineno}: {error.message}", hint=hint) from error
 
 
 def read_chat_template(checkpoint: Path) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.configs.manifest import Manifest
 from gemma4_export.runtime.gemma4 import Gemma4
@@ -46,6 +47,11 @@ def bench(
     model = Gemma4.load(folder)
     load_s = time.perf_counter() - started
     say(f"loaded in {load_s:.1f} s")
+    if prompt_tokens + new_tokens > model.context:
+        raise ConfigError(
+            f"{prompt_tokens} + {new_tokens} tokens do not fit the context of {model.context}",
+            hint=f"--prompt-tokens {max(1, model.context // 2)} --new-tokens {max(1, model.context // 4)}",
+        )
     vocab_size = min(model.tokenizer.vocab_size, model.artifact.manifest.model.vocab_size)
     ids = [int(index) for index in np.random.default_rng(0).integers(vocab_size // 2, vocab_size, prompt_tokens)]
     prefills, decodes, overheads, reads = [], [], [], []

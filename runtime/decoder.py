@@ -55,6 +55,8 @@ class Decoder:
         """
         tokens = self._check_ids(ids)
         chunk = self._check_chunk(chunk)
+        if cache.layout != self.manifest.kv or cache.context != self.manifest.context:
+            raise ContractError("cache: made by another artifact", hint="model.new_cache() makes one that fits")
         wanted = np.arange(len(tokens)) if rows is None else self._check_rows(rows, len(tokens))
         if cache.length + len(tokens) > cache.context:
             raise ContractError(

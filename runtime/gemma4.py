@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from gemma4_export.runtime.kv_cache import KVCache
 from gemma4_export.runtime.tokenizer import TextStream, Tokenizer, load_stop_ids, load_suppressed_ids
 
 _log = logging.getLogger(__name__)
+
+_MEDIA = ("image", "image_url", "audio", "input_audio", "video")
 
 FinishReason = Literal["stop", "length"]
 
@@ -111,6 +114,7 @@ class Gemma4:
                 f"{name} is a base model: its checkpoint has no chat template",
                 hint="gemma4-run generate ARTIFACT --raw --prompt TEXT, or build the instruction-tuned checkpoint",
             )
+        _refuse_media(messages)
         return self.tokenizer.encode_chat(
             self.template,
             messages,
@@ -167,8 +171,12 @@ class Gemma4:
 
     def stream_text(self, ids: Sequence[int], *, max_new_tokens: int = 256) -> Iterator[str]:
         """The continuation of ``ids`` as text, piece by piece."""
+        # Checked here, at the call, and not when the first piece is asked for.
+        return self._stream_pieces(self._stream_ids(ids, max_new_tokens))
+
+    def _stream_pieces(self, ids: Iterator[int]) -> Iterator[str]:
         text = TextStream(self.tokenizer)
-        for token in self._stream_ids(ids, max_new_tokens):
+        for token in ids:
             if piece := text.push(token):
                 yield piece
         if piece := text.flush():
@@ -184,7 +192,7 @@ class Gemma4:
         )
 
     def _stream_ids(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
             raise ContractError(
                 f"max_new_tokens: expected an integer of at least 1, found {max_new_tokens}",
                 hint="leave it out for 256",
@@ -204,6 +212,19 @@ class Gemma4:
             max_new_tokens=max_new_tokens,
             stop_ids=self.stop_ids,
         )
+
+
+def _refuse_media(messages: Sequence[Mapping[str, Any]]) -> None:
+    """A placeholder without its picture would be read as text, and nobody would know."""
+    for index, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, (list, tuple)) else ():
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind in _MEDIA:
+                raise ConfigError(
+                    f"messages[{index}]: {kind} parts are not read by this version, which packs no vision or audio",
+                    hint="send text only",
+                )
 
 
 def _only_greedy(temperature: float) -> None:

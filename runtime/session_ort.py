@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,8 @@ class OrtSession:
             ) from error
         self.input_shapes: dict[str, list[int | str]] = {node.name: node.shape for node in self._session.get_inputs()}
         """As the graph declares them; a size that changes from call to call is a name."""
+        # One binding serves one call at a time; threads with caches of their own take turns.
+        self._lock = threading.Lock()
         self._binding: Any = None
         # Weak: a finished sequence must not keep its cache until the next one begins.
         self._cache: weakref.ref[KVCache] | None = None
@@ -50,6 +53,10 @@ class OrtSession:
 
     def run(self, feeds: Mapping[str, Array], cache: KVCache) -> Array:
         """Run one call. Returns logits [R, V] float32; ``cache`` holds this call's keys and values afterwards."""
+        with self._lock:
+            return self._run(feeds, cache)
+
+    def _run(self, feeds: Mapping[str, Array], cache: KVCache) -> Array:
         is_bound = self._cache is not None and self._cache() is cache
         if not is_bound or self._bound_reallocations != cache.num_reallocations:
             self._bind_cache(cache)

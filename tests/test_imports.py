@@ -22,7 +22,7 @@ EXPORT = TORCH | {"onnx_ir", "ml_dtypes"}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "configs": (set(), set()),
     "plugins": ({"configs"}, {"numpy"}),
-    "exporter": ({"configs", "plugins"}, {"numpy", "huggingface_hub"} | EXPORT),
+    "exporter": ({"configs", "plugins"}, {"numpy", "huggingface_hub", "tokenizers", "jinja2"} | EXPORT),
     "runtime": ({"configs", "plugins"}, {"numpy", "onnxruntime", "tokenizers", "jinja2", "PIL", "safetensors"}),
 }
 COMMANDS = {"typer", "rich"}
@@ -138,7 +138,8 @@ def test_importing_the_runtime_loads_nothing_heavy() -> None:
 
 
 def test_importing_the_runtime_costs_little_more_than_numpy() -> None:
-    timed = "start = time.perf_counter()\nimport {}\nresult['seconds'] = time.perf_counter() - start"
+    # Processor time: what the import itself takes, however many others wait for the same cores.
+    timed = "start = time.process_time()\nimport {}\nresult['seconds'] = time.process_time() - start"
     seconds: dict[str, list[float]] = {"numpy": [], "gemma4_export.runtime": []}
     # Interleaved, and the best of each, so that a busy machine slows both; more rounds only while it is too busy.
     for round_number in range(15):

@@ -362,8 +362,12 @@ def test_the_packing_is_what_gather_block_quantized_reads(matrix, seed):
 def test_int8_takes_the_largest_block_that_divides():
     for columns, block in ((16, 16), (48, 16), (96, 32), (704, 64), (2112, 64), (1536, 256), (2816, 256), (5376, 256)):
         assert matmul_block(INT8, columns) == block
-    with pytest.raises(ConfigError, match=r"multiples of 16, found 40\nhint: use bfloat16"):
-        matmul_block(INT8, 40)
+    with pytest.raises(ConfigError, match=r'x: int8 needs columns in multiples of 16, found 40\nhint: .* "bfloat16"'):
+        INT8.check_columns(40, "x")
+    with pytest.raises(ConfigError, match=r"block 32 does not divide its 48 columns\nhint: use int8"):
+        WeightFormat("int4", 32).check_columns(48, "x")
+    with pytest.raises(ConfigError, match=r"block 32 does not divide its 56 columns\nhint: use bfloat16"):
+        WeightFormat("int4", 32).check_columns(56, "x")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.formats import BFLOAT16, BLOCKS, FLOAT32, INT8, WeightFormat
+from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.models import load_model, model_names
 from gemma4_export.configs.names import RECIPE_ROLES, decoder_tensors
 from gemma4_export.configs.recipe import load_recipe, recipe_names
@@ -100,7 +102,7 @@ def test_norms_are_no_role_of_a_recipe(tmp_path):
         ("int4/256", "known: int4/32, int4/64, int4/128"),
         ("int4/032", "known: int4/32, int4/64, int4/128"),
         ("int4/²", "known: int4/32, int4/64, int4/128"),
-        ("int8/", "did you mean 'int8'?"),
+        ("int8/", "did you mean 'int8/32'?"),
         ("bfloat", "did you mean 'bfloat16'?"),
         ("q4_k_m", "known: bfloat16, float32, int4/128, int4/32, int4/64, int8, int8/128, int8/32, int8/64"),
     ],
@@ -161,3 +163,19 @@ def test_a_block_that_does_not_divide_a_released_model_names_the_nearest_that_do
     assert f"block 128 does not divide its {columns} columns" in error.value.cause
     assert error.value.hint == "use block 64"
     place_weights(specs.values(), load_recipe(recipe_file(tmp_path, **{role.replace(".", "__"): "int4/64"})))
+
+
+def test_the_recipe_of_the_docs_fits_the_demo_model(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / "quantization.md").read_text(encoding="utf-8")
+    block = text.split("```toml\n")[1].split("```")[0]
+    path = tmp_path / "docs.toml"
+    path.write_text(block, encoding="utf-8")
+    values = json.loads((root / "demo" / "checkpoints" / "tiny-e" / "config.json").read_text(encoding="utf-8"))
+    specs = decoder_tensors(ModelConfig.from_hf(values))
+    assert {str(weight.placed.format) for weight in place_weights(specs.values(), load_recipe(str(path))).stored} == {
+        "int4/32",
+        "int8",
+        "bfloat16",
+        "float32",
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -113,4 +114,4 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
         if count:
             print(f"not packed by this version: {count} tensors of {prefix.removeprefix('model.').rstrip('.')}")
     command = "" if manifest.model.is_chat else "--raw "
-    print(f'next: gemma4-run generate {folder} {command}--prompt "Hello"')
+    print(f'next: gemma4-run generate {shlex.quote(str(folder))} {command}--prompt "Hello"')

@@ -23,7 +23,8 @@ def bench(
     """Measure load, prefill and decode of an artifact on this machine."""
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr)
+        if sys.stderr is not None:  # closed by the caller: print would fall back to stdout
+            print(line, file=sys.stderr)
 
     result = measure(artifact, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, say=say)
     if as_json:
