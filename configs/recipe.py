@@ -25,7 +25,7 @@ class Recipe:
     title: str
     formats: Mapping[Role, WeightFormat]
     prefers_qat: bool
-    """On a hub id, take the quantisation-aware checkpoint of that model where one exists."""
+    """Meant to take a hub model's quantisation-aware checkpoint; TODO until configs/models names one, nothing reads it."""
 
     def format_of(self, role: Role) -> WeightFormat:
         return FLOAT32 if role == "decoder.norm" else self.formats[role]
