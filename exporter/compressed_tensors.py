@@ -42,6 +42,22 @@ def quantization_of(config: Mapping[str, Any]) -> Any:
     return None
 
 
+def read_plain_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json as that of the model before it was quantised, if it was, and as this version reads.
+
+    Raises:
+        ConfigError: there is none, or it is quantised in another way; the hint says what to use.
+    """
+    config = dict(read_config(folder))
+    scheme = quantization_of(config)
+    if not scheme:
+        return config
+    check_scheme(scheme)
+    if isinstance(config.get("text_config"), Mapping):
+        config["text_config"] = _plain(config["text_config"])
+    return _plain(config)
+
+
 def check_scheme(scheme: Any) -> None:
     """Refuse what is not w4a16, pack-quantized, symmetric, group 32.
 
@@ -121,11 +137,7 @@ class CompressedTensorsCheckpoint(Checkpoint):
         }
 
     def _read_config(self) -> Mapping[str, Any]:
-        config = dict(read_config(self.folder))
-        check_scheme(quantization_of(config))
-        if isinstance(config.get("text_config"), Mapping):
-            config["text_config"] = _plain(config["text_config"])
-        return _plain(config)
+        return read_plain_config(self.folder)
 
     def _read_stored(self) -> dict[str, StoredTensor]:
         """Codes, scales and shape become one entry, under the name and with the shape of the weight they hold."""

@@ -1,7 +1,7 @@
 """A GGUF file as a source of weights: Q4_0 and Q8_0 leave as the codes they are, other types are rounded by the recipe.
 
-The folder holds one GGUF file and, beside it, config.json and the tokenizer files of the plain checkpoint: a GGUF
-carries both in spellings of its own that are not read here.
+config.json and the tokenizer files are those of the plain checkpoint, beside the file or in a folder of their own: a
+GGUF carries both in spellings of its own that are not read here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gemma4_export.configs.manifest import FileEntry
 from gemma4_export.configs.names import TensorSpec, check_shape, decoder_tensors, redundant_tensors
 from gemma4_export.exporter.checkpoint import read_config, resolve_config
 from gemma4_export.exporter.compressed_tensors import quantization_of
-from gemma4_export.exporter.gguf_file import BLOCKS, GGUFTensor, decode_rows, read_gguf_header
+from gemma4_export.exporter.gguf_file import BLOCKS, GGUFTensor, decode_rows, is_auxiliary, read_gguf_header
 from gemma4_export.exporter.package import hash_file
 from gemma4_export.exporter.pread import OpenFiles
 from gemma4_export.exporter.quantize import QuantizedRows, check_scales
@@ -94,14 +94,16 @@ class GGUFCheckpoint:
 
     wide_scales: frozenset[str] = frozenset()  # those of Q4_0 and Q8_0 are float16
 
-    def __init__(self, path: Path) -> None:
-        """Open ``path`` and match its tensors against the config.json beside it.
+    def __init__(self, path: Path, companions: Path | None = None) -> None:
+        """Open ``path`` and match its tensors against the model's config.json.
 
+        Args:
+            companions: the folder of config.json and the tokenizer files; None: that of ``path``.
         Raises:
             ConfigError: config.json is missing or describes no model that this version exports.
             CheckpointError: the file is damaged, of another architecture, or holds types that are not read.
         """
-        self.path, self.folder = path, path.parent
+        self.path, self.folder = path, companions or path.parent
         if not (self.folder / "config.json").is_file():
             raise ConfigError(
                 f"{self.folder}: {path.name} without a config.json",
@@ -118,7 +120,7 @@ class GGUFCheckpoint:
         self.specs = decoder_tensors(self.config)
         header = read_gguf_header(path)
         self.tensors, self._data_start = header.tensors, header.data_start
-        self.not_packed = tuple(sorted(other.name for other in self.folder.glob("mmproj*.gguf")))
+        self.not_packed = tuple(sorted(other.name for other in path.parent.glob("*.gguf") if is_auxiliary(other.name)))
         self._check_metadata(header.metadata)
         self._check_types()
         self._files = OpenFiles()
@@ -246,7 +248,7 @@ class GGUFCheckpoint:
         return {self.path.name: entry, "config.json": hash_file(self.folder / "config.json")}
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Copy the tokenizer files beside the GGUF file into ``folder``, which is made.
+        """Copy the plain checkpoint's tokenizer files into ``folder``, which is made.
 
         Raises:
             ConfigError: one is missing, or does not fit the model.

@@ -49,6 +49,11 @@ BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q8_0"
 """Types that this version reads -> (weights, bytes) of a block."""
 
 
+def is_auxiliary(name: str) -> bool:
+    """Whether a GGUF file so named holds no decoder but the towers (mmproj, first or last in the name) or a drafter."""
+    return "mmproj" in name.lower() or name.lower().startswith("mtp-")
+
+
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
     """One tensor: type by name, shape with rows first (the file lists columns first), first byte in the file."""

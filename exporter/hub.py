@@ -18,7 +18,8 @@ from pathlib import Path
 from gemma4_export.configs.errors import CheckpointError, ConfigError
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.exporter import hub_client
-from gemma4_export.exporter.checkpoint import read_config
+from gemma4_export.exporter.compressed_tensors import read_plain_config
+from gemma4_export.exporter.gguf_file import is_auxiliary
 from gemma4_export.exporter.hub_cache import COMMIT, HubFile, ModelCache
 
 _log = logging.getLogger(__name__)
@@ -39,18 +40,18 @@ _WEIGHT_ENDINGS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgp
 _PROGRESS_STEP = 1 << 20  # bytes between two reports: pieces arrive in 64 KB
 
 
-def hub_files(hub_id: str, revision: str | None = None) -> list[tuple[str, int]]:
-    """Name and bytes of every file that `download` brings. Of their contents only a shard index is fetched.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Downloaded:
+    """Snapshot folders: of the weights, and of config.json and the tokenizer files; one and the same but for a GGUF."""
 
-    Raises:
-        ConfigError, CheckpointError: as `download` does.
-    """
-    with _disk_errors(hub_id):
-        return [(file.name, file.bytes) for file in _needed(_open(hub_id, revision or "main"))]
+    folder: Path
+    companions: Path
 
 
-def download(hub_id: str, *, revision: str | None = None, on_progress: OnProgress | None = None) -> Path:
-    """Bring a checkpoint into huggingface_hub's cache and return its snapshot folder.
+def download(
+    hub_id: str, *, revision: str | None = None, plain_id: str | None = None, on_progress: OnProgress | None = None
+) -> Downloaded:
+    """Bring a checkpoint into huggingface_hub's cache: safetensors, or a repository's one GGUF file.
 
     What is there is not fetched again, what is there in part is continued, and each file is compared once with the size
     and the sha256 (small files: git id) that the hub lists. Without a connection a complete snapshot in the cache is
@@ -59,28 +60,32 @@ def download(hub_id: str, *, revision: str | None = None, on_progress: OnProgres
     Args:
         hub_id: any model's id, e.g. ``google/gemma-4-E2B-it``.
         revision: branch, tag or commit; None: ``main``.
+        plain_id: the checkpoint whose config.json and tokenizer files a GGUF repository that has none goes with.
         on_progress: called with the file at hand, and bytes done and in total over all files.
     Raises:
-        ConfigError: no such model or revision, the hub wants a login, config.json is not one of Gemma 4, or the cache
-            cannot be written.
+        ConfigError: no such model or revision, the hub wants a login, config.json is not one of Gemma 4, a repository
+            of GGUF files leaves open which is meant or what it was made from, or the cache cannot be written.
         CheckpointError: files are missing, damaged, cut off, or do not fit on the disk.
     """
     revision = revision or "main"
     with _disk_errors(hub_id):
         snapshot = _open(hub_id, revision)
-        files = _needed(snapshot)
-        _check_cached(snapshot, files)
-        _check_space(snapshot, files)
-        progress = _Progress(on_progress, sum(file.bytes for file in files))
-        for file in files:
+        wanted = [(snapshot, _needed(snapshot))]
+        if all(file.name != _CONFIG for file in wanted[0][1]):
+            plain = _open(_plain_id(snapshot, plain_id), "main")
+            wanted.insert(0, (plain, _complete(plain, _companions(plain))))
+        for needing, files in wanted:
+            _check_cached(needing, files)
+            _check_space(needing, files)
+        progress = _Progress(on_progress, sum(file.bytes for _, files in wanted for file in files))
+        for needing, file in [(needing, file) for needing, files in wanted for file in files]:
             progress.begin(file.name)
-            path = _fetch(snapshot, file, progress.advance)
+            path = _fetch(needing, file, progress.advance)
             if file.name == _CONFIG:  # before the weights: 60 GB of another family are not worth waiting for
-                ModelConfig.from_hf(read_config(path.parent))
+                ModelConfig.from_hf(read_plain_config(path.parent))
         progress.report()
-        if snapshot.unreachable is None:
-            snapshot.cache.set_ref(revision, snapshot.commit)
-    return snapshot.cache.snapshot(snapshot.commit)
+        folders = [_finish(needing) for needing, _ in wanted]
+    return Downloaded(folder=folders[-1], companions=folders[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,7 @@ class _Snapshot:
     """One commit of one model. ``unreachable`` says why only the cache can be used; None: the hub can be asked."""
 
     hub_id: str
+    revision: str
     commit: str
     cache: ModelCache
     files: Mapping[str, HubFile]
@@ -133,7 +139,7 @@ def _open(hub_id: str, revision: str) -> _Snapshot:
         cache.store_listing(commit, files)
     if cache.commit_of(revision) is None:
         cache.set_ref(revision, commit)  # else only when the new snapshot is complete: until then the old one serves
-    return _Snapshot(hub_id=hub_id, commit=commit, cache=cache, files=files, unreachable=None)
+    return _Snapshot(hub_id=hub_id, revision=revision, commit=commit, cache=cache, files=files, unreachable=None)
 
 
 def _from_cache(hub_id: str, revision: str, cache: ModelCache, reason: str) -> _Snapshot:
@@ -145,24 +151,38 @@ def _from_cache(hub_id: str, revision: str, cache: ModelCache, reason: str) -> _
             hint="connect (unset HF_HUB_OFFLINE) and run the same command, or give a local folder to --checkpoint",
         )
     _log.warning("%s: %s; using commit %s from the cache", hub_id, reason, commit[:12])
-    return _Snapshot(hub_id=hub_id, commit=commit, cache=cache, files=files, unreachable=reason)
+    return _Snapshot(hub_id=hub_id, revision=revision, commit=commit, cache=cache, files=files, unreachable=reason)
 
 
 def _needed(snapshot: _Snapshot) -> list[HubFile]:
     """The files of a checkpoint, small ones first. To know the shards, their index is fetched."""
     files = snapshot.files
-    names = [*_REQUIRED, *(name for name in _OPTIONAL if name in files)]
+    names = _companions(snapshot)
     if _INDEX in files:
         _check_cached(snapshot, [files[_INDEX]])
         names += [_INDEX, *_shards(_fetch(snapshot, files[_INDEX], lambda num_bytes: None))]
     elif _SINGLE in files:
         names.append(_SINGLE)
+    elif any(name.endswith(".gguf") for name in files):
+        whole = _gguf_file(snapshot)
+        # Most such repositories have no tokenizer; a few have everything.
+        names = [*names, whole] if files.keys() >= set(_REQUIRED) else [whole]
     else:
         found = ", ".join(sorted(name for name in files if name.endswith(_WEIGHT_ENDINGS))) or "no weights at all"
         raise CheckpointError(
             f"{snapshot.hub_id}: {snapshot.place} has neither {_SINGLE} nor {_INDEX}, but {found}",
             hint="give the id of the safetensors checkpoint; an adapter must be merged into its base model first",
         )
+    return _complete(snapshot, names)
+
+
+def _companions(snapshot: _Snapshot) -> list[str]:
+    """What a checkpoint needs beside its weights."""
+    return [*_REQUIRED, *(name for name in _OPTIONAL if name in snapshot.files)]
+
+
+def _complete(snapshot: _Snapshot, names: list[str]) -> list[HubFile]:
+    files = snapshot.files
     lacking = [name for name in names if name not in files]
     if lacking:
         raise CheckpointError(
@@ -171,6 +191,39 @@ def _needed(snapshot: _Snapshot) -> list[HubFile]:
             hint="give the id of a complete checkpoint",
         )
     return [files[name] for name in names]
+
+
+def _gguf_file(snapshot: _Snapshot) -> str:
+    """The one GGUF file of a repository that holds a decoder."""
+    found = sorted(name for name in snapshot.files if name.endswith(".gguf") and not is_auxiliary(name))
+    if len(found) != 1:
+        what = f"{len(found)} GGUF files of decoders" if found else "GGUF files, none of a decoder"
+        raise ConfigError(
+            f"{snapshot.hub_id}: {snapshot.place} has {what}{f', such as {found[0]}' if found else ''}; "
+            "this version takes repositories with one",
+            hint="download the one you mean, add config.json, tokenizer.json, generation_config.json and "
+            "chat_template.jinja of the plain checkpoint, and give the folder to --checkpoint",
+        )
+    return found[0]
+
+
+def _plain_id(snapshot: _Snapshot, plain_id: str | None) -> str:
+    if plain_id is None:
+        raise ConfigError(
+            f"{snapshot.hub_id}: a GGUF file without config.json and tokenizer, and the name is that of no released "
+            "model they could be taken from",
+            hint="put the file, config.json, tokenizer.json, generation_config.json and chat_template.jinja into one "
+            "folder and give it to --checkpoint",
+        )
+    _log.warning("%s has no config.json and tokenizer; they are taken from %s", snapshot.hub_id, plain_id)
+    return plain_id
+
+
+def _finish(snapshot: _Snapshot) -> Path:
+    """Have the cache name the snapshot, now that it is complete."""
+    if snapshot.unreachable is None:
+        snapshot.cache.set_ref(snapshot.revision, snapshot.commit)
+    return snapshot.cache.snapshot(snapshot.commit)
 
 
 def _shards(index: Path) -> list[str]:

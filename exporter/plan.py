@@ -31,6 +31,8 @@ class Plan:
     context: int
     role_bytes: dict[str, int]
     artifact_bytes: int
+    download_from: str | None
+    """Hub id of the weights; None: nothing is downloaded."""
     download_bytes: int
     build_disk_bytes: int
     """Download and artifact together: what has to be free at once."""
@@ -86,6 +88,7 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
     kv = layout.num_bytes(options.context) * kv_item // 4
     per_token = _read_bytes(config, placement, is_cpu=is_cpu) + _kv_read_bytes(config, options.context, kv_item)
     bandwidth = target.bandwidth_bytes_per_s
+    hub_id, download = _download(model, options)
     return Plan(
         model=options.model_name,
         target=target.name,
@@ -93,8 +96,9 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
         context=options.context,
         role_bytes=_role_bytes(placement),
         artifact_bytes=artifact,
-        download_bytes=0 if options.has_dummy_weights else model.checkpoint_bytes,
-        build_disk_bytes=artifact + (0 if options.has_dummy_weights else model.checkpoint_bytes),
+        download_from=hub_id,
+        download_bytes=download,
+        build_disk_bytes=artifact + download,
         weights_in_memory_bytes=weights,
         kv_bytes=kv,
         scratch_bytes=scratch,
@@ -129,6 +133,15 @@ def check_fits(plan: Plan, model: ReleasedModel, options: BuildOptions) -> None:
         context = min(best.longest_context, plan.context)
         raise ConfigError(cause, hint=f"--recipe {best.recipe} --context {context} fits")
     raise ConfigError(cause, hint="no recipe of this model fits; try a smaller model or a target with more memory")
+
+
+def _download(model: ReleasedModel, options: BuildOptions) -> tuple[str | None, int]:
+    """Where ``build --model`` takes the weights from, and their bytes."""
+    if options.has_dummy_weights:
+        return None, 0
+    if options.recipe.prefers_qat and model.qat is not None:
+        return model.qat.hub_id, model.qat.file_bytes
+    return model.hub_id, model.checkpoint_bytes
 
 
 def _role_bytes(placement: Placement) -> dict[str, int]:

@@ -4,6 +4,7 @@ Like the hub, it serves small files itself and redirects LFS files (weights, tok
 must never see the token. Faults are set per file name before a request; all requests are recorded with the bytes sent.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import http.server
@@ -11,6 +12,10 @@ import json
 import threading
 import time
 import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 _LFS = (".safetensors", ".gguf", ".bin", "tokenizer.json")
 
@@ -35,7 +40,7 @@ class Refusal:
 
 
 class HubServer:
-    """A running hub with one model; ``with HubServer(hub_id, files) as server``."""
+    """A running hub with one model, and more that are published; ``with HubServer(hub_id, files) as server``."""
 
     def __init__(self, hub_id: str, files: dict[str, bytes]) -> None:
         self.hub_id = hub_id
@@ -50,14 +55,14 @@ class HubServer:
         self.listing_body: bytes | None = None  # instead of the listing, status 200
         self.delay_s = 0.0  # between pieces of 64 KB
 
-    def publish(self, files: dict[str, bytes], branch: str = "main") -> str:
-        """Make ``files`` what ``branch`` means, under a commit id made from their content."""
+    def publish(self, files: dict[str, bytes], branch: str = "main", hub_id: str | None = None) -> str:
+        """Make ``files`` what ``branch`` of a model means, under a commit id made from their content."""
         everything = json.dumps({name: hashlib.sha256(body).hexdigest() for name, body in sorted(files.items())})
         commit = hashlib.sha1(everything.encode()).hexdigest()
         if not hasattr(self, "commits"):
             self.commits: dict[str, dict[str, bytes]] = {}
-            self.branches: dict[str, str] = {}
-        self.commits[commit], self.branches[branch] = files, commit
+            self.branches: dict[tuple[str, str], str] = {}
+        self.commits[commit], self.branches[hub_id or self.hub_id, branch] = files, commit
         return commit
 
     def __enter__(self) -> "HubServer":
@@ -96,7 +101,33 @@ def git_id(body: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
-def _listing(hub: HubServer, kind: str, commit: str) -> object:
+@contextlib.contextmanager
+def only_hub(running: HubServer, cache: Path) -> Iterator[pytest.MonkeyPatch]:
+    """A huggingface_hub that knows no other hub, cache or token."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            patch.delenv(name, raising=False)
+        for name, value in {
+            "ENDPOINT": running.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": running.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(cache / "hub"),
+            "HF_TOKEN_PATH": str(cache / "token"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
+            patch.setattr(constants, name, value)
+        huggingface_hub.close_session()  # the client keeps the proxies of its first moment
+        yield patch
+        huggingface_hub.close_session()
+
+
+def _listing(hub: HubServer, hub_id: str, kind: str, commit: str) -> object:
     """The answer of ``tree/`` (what huggingface_hub's snapshot_download asks) or ``revision/`` with ``blobs=true``."""
     entries = [(name, body, digest_of(name, body)) for name, body in hub.commits[commit].items()]
     if kind == "tree":
@@ -110,7 +141,7 @@ def _listing(hub: HubServer, kind: str, commit: str) -> object:
         | ({"lfs": {"sha256": digest, "size": len(body), "pointerSize": 134}} if len(digest) == 64 else {})
         for name, body, digest in entries
     ]
-    return {"id": hub.hub_id, "modelId": hub.hub_id, "sha": commit, "siblings": siblings}
+    return {"id": hub_id, "modelId": hub_id, "sha": commit, "siblings": siblings}
 
 
 class _Listener(http.server.ThreadingHTTPServer):
@@ -150,20 +181,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.is_storage,
         )
         hub.requests.append(self.record)
-        model = f"/api/models/{hub.hub_id}/"
         if self.server.is_storage:
             self._send_file(path.rsplit("/", 1)[1], *path.split("/")[1:2])
-        elif path.startswith((f"{model}revision/", f"{model}tree/")):
-            self._send_listing(path.removeprefix(model))
-        elif path.startswith(f"/{hub.hub_id}/resolve/"):
-            revision, name = path.removeprefix(f"/{hub.hub_id}/resolve/").split("/", 1)
-            self._resolve(revision, name)
-        else:
-            self._refuse(Refusal(404, "RepoNotFound", "Repository not found"))
+            return
+        for hub_id in {hub_id for hub_id, _ in hub.branches}:
+            model = f"/api/models/{hub_id}/"
+            if path.startswith((f"{model}revision/", f"{model}tree/")):
+                self._send_listing(hub_id, path.removeprefix(model))
+                return
+            if path.startswith(f"/{hub_id}/resolve/"):
+                revision, name = path.removeprefix(f"/{hub_id}/resolve/").split("/", 1)
+                self._resolve(hub.branches.get((hub_id, revision), revision), name)
+                return
+        self._refuse(Refusal(404, "RepoNotFound", "Repository not found"))
 
-    def _send_listing(self, path: str) -> None:
+    def _send_listing(self, hub_id: str, path: str) -> None:
         hub, (kind, revision) = self.server.hub, path.split("/")[:2]
-        commit = hub.branches.get(revision, revision)
+        commit = hub.branches.get((hub_id, revision), revision)
         if hub.refuse_listing:
             self._refuse(hub.refuse_listing)
         elif hub.listing_body is not None:
@@ -171,11 +205,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif commit not in hub.commits:
             self._refuse(Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}"))
         else:
-            self._send(200, json.dumps(_listing(hub, kind, commit)).encode(), {"Content-Type": "application/json"})
+            listing = json.dumps(_listing(hub, hub_id, kind, commit)).encode()
+            self._send(200, listing, {"Content-Type": "application/json"})
 
-    def _resolve(self, revision: str, name: str) -> None:
+    def _resolve(self, commit: str, name: str) -> None:
         hub = self.server.hub
-        commit = hub.branches.get(revision, revision)
         headers = {"X-Repo-Commit": commit}
         if hub.refuse_files:
             self._refuse(hub.refuse_files)

@@ -14,7 +14,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer, Refusal, digest_of
+from hub_server import HubServer, Refusal, digest_of, only_hub
 
 import gemma4_export
 from gemma4_export.configs.errors import CheckpointError, ConfigError
@@ -48,7 +48,7 @@ def small_files() -> dict[str, bytes]:
 
 
 def sharded_files() -> dict[str, bytes]:
-    """The files of a checkpoint in the order in which `hub_files` names them."""
+    """The files of a checkpoint in the order in which they are fetched."""
     index = {"metadata": {}, "weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
     files = small_files()
     files[INDEX] = json.dumps(index).encode()
@@ -61,28 +61,10 @@ def sharded_files() -> dict[str, bytes]:
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A hub with a sharded checkpoint, and a huggingface_hub that knows no other hub, cache or token."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    with HubServer(HUB_ID, sharded_files() | dict.fromkeys(UNNEEDED, b"not wanted" * 1000)) as running:
-        for name, value in {
-            "ENDPOINT": running.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": running.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "hub"),
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-            "HF_HUB_DISABLE_TELEMETRY": True,
-            "HF_HUB_DISABLE_XET": True,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
+    files = sharded_files() | dict.fromkeys(UNNEEDED, b"not wanted" * 1000)
+    with HubServer(HUB_ID, files) as running, only_hub(running, tmp_path):
         monkeypatch.setattr(hub_client, "_RETRY_WAITS_S", (0.01, 0.01))
-        huggingface_hub.close_session()  # the client keeps the proxies of its first moment
         yield running
-        huggingface_hub.close_session()
 
 
 @pytest.fixture
@@ -101,6 +83,10 @@ def no_hashing(monkeypatch):
         raise AssertionError("content was hashed again")
 
     return lambda: monkeypatch.setattr(hub_cache, "hash_into", refuse)
+
+
+def download(hub_id, **options):
+    return hub.download(hub_id, **options).folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -124,7 +110,7 @@ def partials(folder: Path) -> list[Path]:
 
 def test_brings_exactly_the_files_of_a_checkpoint(server, capfd):
     seen = []
-    folder = hub.download(HUB_ID, on_progress=lambda *report: seen.append(report))
+    folder = download(HUB_ID, on_progress=lambda *report: seen.append(report))
     assert contents(folder) == sharded_files()
     assert server.files_asked == set(sharded_files())
     total = sum(len(body) for body in sharded_files().values())
@@ -138,27 +124,21 @@ def test_brings_exactly_the_files_of_a_checkpoint(server, capfd):
 def test_brings_a_checkpoint_of_one_file(server):
     files = small_files() | {"model.safetensors": b"weights" * 1000}
     commit = server.publish(files | {"model.gguf": b"no"})
-    folder = hub.download(HUB_ID)
+    folder = download(HUB_ID)
     assert (folder.name, contents(folder)) == (commit, files)
 
 
 def test_another_revision_brings_its_own_files(server):
     files = small_files() | {"model.safetensors": b"older"}
     commit = server.publish(files, branch="v1")
-    assert contents(hub.download(HUB_ID, revision="v1")) == files
-    assert contents(hub.download(HUB_ID, revision=commit)) == files
-    assert contents(hub.download(HUB_ID)) == sharded_files()
-
-
-def test_hub_files_tells_sizes_without_weights(server):
-    assert hub.hub_files(HUB_ID) == [(name, len(body)) for name, body in sharded_files().items()]
-    assert server.files_asked == {INDEX}
-    assert server.bytes_sent == len(sharded_files()[INDEX])
+    assert contents(download(HUB_ID, revision="v1")) == files
+    assert contents(download(HUB_ID, revision=commit)) == files
+    assert contents(download(HUB_ID)) == sharded_files()
 
 
 def test_the_token_goes_to_the_hub_and_never_to_its_storage(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.download(HUB_ID)
+    download(HUB_ID)
     assert {request.authorization for request in server.requests if not request.is_storage} == {"Bearer hf_secret"}
     assert {request.authorization for request in server.requests if request.is_storage} == {None}
 
@@ -172,38 +152,38 @@ def test_importing_the_module_does_not_import_huggingface_hub():
 
 
 def test_a_second_download_moves_and_hashes_nothing(server, no_hashing):
-    first = hub.download(HUB_ID)
+    first = download(HUB_ID)
     before = state_of(first.parents[2])
     server.requests.clear()
     no_hashing()
     seen = []
-    assert hub.download(HUB_ID, on_progress=lambda *report: seen.append(report)) == first
+    assert download(HUB_ID, on_progress=lambda *report: seen.append(report)) == first
     assert state_of(first.parents[2]) == before
     assert [request.path for request in server.requests] == [f"/api/models/{HUB_ID}/revision/main"]
     assert seen[-1][1] == seen[-1][2] > 4_000_000
 
 
 def test_a_pinned_commit_that_is_there_asks_nothing(server):
-    first = hub.download(HUB_ID)
+    first = download(HUB_ID)
     server.requests.clear()
-    assert hub.download(HUB_ID, revision=first.name) == first
+    assert download(HUB_ID, revision=first.name) == first
     assert server.requests == []
 
 
 def test_a_new_commit_brings_only_what_changed(server, no_hashing):
-    hub.download(HUB_ID)
+    download(HUB_ID)
     server.requests.clear()
     no_hashing()
     files = sharded_files() | {"generation_config.json": b'{"temperature": 1.0}'}
     server.publish(files)
-    assert contents(hub.download(HUB_ID)) == files
+    assert contents(download(HUB_ID)) == files
     assert server.files_asked == {"generation_config.json"}
 
 
 def test_huggingface_hub_takes_our_files_as_its_own(server):
     import huggingface_hub
 
-    folder = hub.download(HUB_ID)
+    folder = download(HUB_ID)
     server.requests.clear()
     for name in sharded_files():
         assert huggingface_hub.hf_hub_download(HUB_ID, name) == str(folder / name)
@@ -218,10 +198,10 @@ def test_we_take_huggingface_hubs_files_and_check_them(server, no_hashing):
 
     theirs = huggingface_hub.snapshot_download(HUB_ID, ignore_patterns=["original/*"])
     server.requests.clear()
-    assert str(hub.download(HUB_ID)) == theirs
+    assert str(download(HUB_ID)) == theirs
     assert server.bytes_sent == 0
     no_hashing()
-    hub.download(HUB_ID)
+    download(HUB_ID)
 
 
 def test_works_where_there_are_no_symbolic_links(server, monkeypatch):
@@ -229,11 +209,11 @@ def test_works_where_there_are_no_symbolic_links(server, monkeypatch):
         raise OSError("no links here")
 
     monkeypatch.setattr(Path, "symlink_to", unsupported)
-    folder = hub.download(HUB_ID)
+    folder = download(HUB_ID)
     assert contents(folder) == sharded_files()
     assert not any(path.is_symlink() for path in folder.iterdir())
     server.requests.clear()
-    hub.download(HUB_ID)
+    download(HUB_ID)
     assert server.bytes_sent == 0
 
 
@@ -245,7 +225,7 @@ def test_waits_for_another_process_that_writes_the_same_file(server, caplog):
     lock.parent.mkdir(parents=True)
     with lock.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        worker = threading.Thread(target=hub.download, args=(HUB_ID,))
+        worker = threading.Thread(target=download, args=(HUB_ID,))
         worker.start()
         deadline = time.monotonic() + 20
         while "waiting" not in caplog.text and time.monotonic() < deadline:
@@ -261,7 +241,7 @@ def test_where_there_are_no_locks_it_warns_and_works(server, monkeypatch, caplog
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    assert contents(hub.download(HUB_ID)) == sharded_files()
+    assert contents(download(HUB_ID)) == sharded_files()
     assert "no locks here (Function not implemented)" in caplog.text
 
 
@@ -282,7 +262,7 @@ def test_no_listed_hash_leads_out_of_the_cache(digest):
 
 def test_a_lost_connection_is_continued_where_it_broke(server, caplog):
     server.cuts[SHARDS[0]] = [1_000_000, 700_000]
-    assert contents(hub.download(HUB_ID)) == sharded_files()
+    assert contents(download(HUB_ID)) == sharded_files()
     ranges = [r.range for r in server.requests if r.is_storage and r.path.endswith(SHARDS[0])]
     assert ranges == [None, "bytes=1000000-", "bytes=1700000-"]
     assert server.bytes_sent == sum(len(body) for body in sharded_files().values())
@@ -292,12 +272,12 @@ def test_a_lost_connection_is_continued_where_it_broke(server, caplog):
 def test_a_connection_that_stays_lost_keeps_its_bytes_for_the_next_command(server):
     server.cuts[SHARDS[0]] = [1_000_000, 0, 0]
     with pytest.raises(CheckpointError) as caught:
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert f"{SHARDS[0]}: the connection was lost after 1000000 of 3000000 bytes" in caught.value.cause
     assert caught.value.hint == "run the same command again: it continues at that byte"
     server.requests.clear()
     seen = []
-    assert contents(hub.download(HUB_ID, on_progress=lambda *report: seen.append(report))) == sharded_files()
+    assert contents(download(HUB_ID, on_progress=lambda *report: seen.append(report))) == sharded_files()
     assert [r.range for r in server.requests if r.path.endswith(SHARDS[0])] == ["bytes=1000000-"] * 2
     assert server.bytes_sent == 3_000_000
     assert seen[-1][1] == seen[-1][2]
@@ -307,7 +287,7 @@ def test_a_hub_without_ranges_starts_over(server):
     server.cuts[SHARDS[0]] = [1_000_000]
     server.without_ranges = True
     seen = []
-    assert contents(hub.download(HUB_ID, on_progress=lambda *report: seen.append(report))) == sharded_files()
+    assert contents(download(HUB_ID, on_progress=lambda *report: seen.append(report))) == sharded_files()
     assert seen[-1][1] == seen[-1][2]
 
 
@@ -315,13 +295,13 @@ def test_a_hub_without_ranges_that_breaks_off_each_time_is_given_up(server):
     server.cuts[SHARDS[0]] = [1_000_000] * 50
     server.without_ranges = True
     with pytest.raises(CheckpointError, match="connection was lost after 1000000 of 3000000 bytes"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert server.bytes_sent < 5_000_000
 
 
 def test_a_killed_process_resumes_in_the_next_one(server, tmp_path):
     """Two real processes, configured as a user does it: HF_ENDPOINT and HF_HOME."""
-    code = f"from gemma4_export.exporter.hub import download; print(download({HUB_ID!r}))"
+    code = f"from gemma4_export.exporter.hub import download; print(download({HUB_ID!r}).folder)"
     environment = os.environ | {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     server.delay_s = 0.05
@@ -354,14 +334,14 @@ def test_a_wrong_checksum_is_refused_deleted_and_fetched_anew(server):
     good = sharded_files()[SHARDS[1]]
     server.damaged[SHARDS[1]] = good[:-1] + bytes([good[-1] ^ 1])
     with pytest.raises(CheckpointError) as caught:
-        hub.download(HUB_ID)
+        download(HUB_ID)
     expected, found = digest_of(SHARDS[1], good), digest_of(SHARDS[1], server.damaged[SHARDS[1]])
     for part in (SHARDS[1], f"sha256 {expected}", f"found {found}", "deleted"):
         assert part in caught.value.cause
     assert "run the same command again" in caught.value.hint
     del server.damaged[SHARDS[1]]
     server.requests.clear()
-    assert contents(hub.download(HUB_ID)) == sharded_files()
+    assert contents(download(HUB_ID)) == sharded_files()
     assert server.bytes_sent == len(good)
 
 
@@ -369,7 +349,7 @@ def test_a_wrong_checksum_is_refused_deleted_and_fetched_anew(server):
 def test_a_file_of_another_size_than_listed_is_refused(server, change):
     server.damaged[SHARDS[1]] = change(sharded_files()[SHARDS[1]])
     with pytest.raises(CheckpointError, match=rf"{SHARDS[1]}: the hub lists sha256 .* and 1000000 bytes, found"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert partials(Path(hub_client.open_cache(HUB_ID).folder)) == []
 
 
@@ -377,7 +357,7 @@ def test_a_small_file_is_held_to_its_git_id(server):
     good = sharded_files()["generation_config.json"]
     server.damaged["generation_config.json"] = good.replace(b"true", b"tRue")
     with pytest.raises(CheckpointError, match=f"generation_config.json: the hub lists sha1 {digest_of('', good)}"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
 
 
 @pytest.mark.parametrize(
@@ -386,14 +366,14 @@ def test_a_small_file_is_held_to_its_git_id(server):
     ids=["a bit flipped", "cut off"],
 )
 def test_content_that_went_bad_in_the_cache_is_found_and_deleted(server, damage, listed):
-    folder = hub.download(HUB_ID)
+    folder = download(HUB_ID)
     blob = blob_of(folder, SHARDS[1])
     blob.write_bytes(damage(blob.read_bytes()))
     with pytest.raises(CheckpointError, match=rf"{SHARDS[1]}: the hub lists {listed}, found .* deleted"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert not blob.exists()
     server.requests.clear()
-    assert contents(hub.download(HUB_ID)) == sharded_files()
+    assert contents(download(HUB_ID)) == sharded_files()
     assert server.files_asked == {SHARDS[1]}
 
 
@@ -404,7 +384,7 @@ def test_a_bad_file_that_another_tool_left_is_found(server):
     blob = blob_of(folder, SHARDS[0])
     blob.write_bytes(bytes(3_000_000))
     with pytest.raises(CheckpointError, match=rf"{SHARDS[0]}: the hub lists sha256 {blob.name}, found"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert not os.path.lexists(folder / SHARDS[0])
 
 
@@ -453,7 +433,7 @@ _LOGIN = "run hf auth login"
 def test_a_refusal_says_what_to_type(server, where, refusal, cause, hints):
     setattr(server, where, refusal)
     with pytest.raises(ConfigError) as caught:
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert caught.value.cause.startswith(f"{HUB_ID}: ")
     assert cause in caught.value.cause
     for hint in hints:
@@ -462,13 +442,13 @@ def test_a_refusal_says_what_to_type(server, where, refusal, cause, hints):
 
 def test_a_revision_that_does_not_exist_is_named(server):
     with pytest.raises(ConfigError, match=rf"{HUB_ID}: no revision v9 \(HTTP 404"):
-        hub.download(HUB_ID, revision="v9")
+        download(HUB_ID, revision="v9")
 
 
 @pytest.mark.parametrize("hub_id", ["a/b/c", "./folder/name", "two words", ""])
 def test_what_cannot_be_an_id_is_refused_unasked(server, hub_id):
     with pytest.raises(ConfigError, match="is no model id") as caught:
-        hub.download(hub_id)
+        download(hub_id)
     assert "--checkpoint" in caught.value.hint
     assert server.requests == []
 
@@ -476,13 +456,13 @@ def test_what_cannot_be_an_id_is_refused_unasked(server, hub_id):
 def test_a_listed_file_that_is_gone_is_named(server):
     server.refuse_files = Refusal(404, "EntryNotFound", "Entry not found")
     with pytest.raises(CheckpointError, match=rf"the hub lists /{HUB_ID}/resolve/\w+/{INDEX} and does not have it"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
 
 
 def test_a_sign_in_page_is_not_a_listing(server):
     server.listing_body = b"<html>Welcome to our WiFi</html>"
     with pytest.raises(CheckpointError, match="answers, but not as a hub does"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
 
 
 # What is no checkpoint
@@ -493,7 +473,7 @@ def test_a_shard_that_the_hub_lacks_is_named_before_any_weight_is_fetched(server
     del files[SHARDS[1]]
     server.publish(files)
     with pytest.raises(CheckpointError, match=rf"the repository lacks 1 of the 8 files needed, first {SHARDS[1]}"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert server.files_asked == {INDEX}
 
 
@@ -503,13 +483,12 @@ def test_a_checkpoint_without_a_required_file_is_refused(server, name):
     del files[name]
     server.publish(files)
     with pytest.raises(CheckpointError, match=rf"lacks 1 of the 8 files needed, first {name}"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
 
 
 @pytest.mark.parametrize(
     ("weights", "found"),
     [
-        (("model-Q4_0.gguf",), "but model-Q4_0.gguf"),
         (("adapter_model.safetensors",), "but adapter_model.safetensors"),
         (("pytorch_model.bin",), "but pytorch_model.bin"),
         ((), "but no weights at all"),
@@ -518,7 +497,7 @@ def test_a_checkpoint_without_a_required_file_is_refused(server, name):
 def test_other_kinds_of_weights_are_refused_by_name(server, weights, found):
     server.publish(small_files() | dict.fromkeys(weights, b"weights"))
     with pytest.raises(CheckpointError, match=found) as caught:
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert "merged into its base model" in caught.value.hint
     assert server.bytes_sent == 0
 
@@ -527,20 +506,20 @@ def test_other_kinds_of_weights_are_refused_by_name(server, weights, found):
 def test_an_index_that_is_none_is_refused(server, index):
     server.publish(sharded_files() | {INDEX: index})
     with pytest.raises(CheckpointError, match=f"{INDEX}: no weight_map"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
 
 
 def test_an_index_cannot_name_a_file_elsewhere(server):
     outside = json.dumps({"weight_map": {"a": "original/params.json", "b": "../../../etc/passwd"}}).encode()
     server.publish(sharded_files() | {INDEX: outside, "original/params.json": b"x"})
     with pytest.raises(CheckpointError, match=r"lacks 2 of the 8 files needed, first \.\./\.\./\.\./etc/passwd"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
 
 
 def test_another_family_is_refused_before_its_weights_are_fetched(server):
     server.publish(sharded_files() | {"config.json": b'{"model_type": "llama"}'})
     with pytest.raises(ConfigError, match="model_type 'llama' is no Gemma 4 model"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert server.files_asked == {INDEX, "config.json"}
 
 
@@ -548,10 +527,10 @@ def test_another_family_is_refused_before_its_weights_are_fetched(server):
 
 
 def test_offline_uses_a_complete_snapshot_and_says_so(server, go_offline, caplog):
-    online, files = hub.download(HUB_ID), hub.hub_files(HUB_ID)
+    online = download(HUB_ID)
     server.requests.clear()
     go_offline()
-    assert (hub.download(HUB_ID), hub.hub_files(HUB_ID)) == (online, files)
+    assert download(HUB_ID) == online
     assert server.requests == []
     assert f"{HUB_ID}: HF_HUB_OFFLINE is set; using commit {online.name[:12]} from the cache" in caplog.text
 
@@ -559,10 +538,10 @@ def test_offline_uses_a_complete_snapshot_and_says_so(server, go_offline, caplog
 def test_offline_says_what_is_missing(server, go_offline):
     server.cuts[SHARDS[0]] = [1_000_000, 0, 0]
     with pytest.raises(CheckpointError, match="connection was lost"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
     go_offline()
     with pytest.raises(CheckpointError) as caught:
-        hub.download(HUB_ID)
+        download(HUB_ID)
     missing = f"lacks 2 of 8 files (4000000 bytes), first {SHARDS[0]}"
     assert caught.value.cause == f"{HUB_ID}: HF_HUB_OFFLINE is set, and the cached snapshot {missing}"
     assert "unset HF_HUB_OFFLINE" in caught.value.hint
@@ -570,11 +549,10 @@ def test_offline_says_what_is_missing(server, go_offline):
 
 def test_offline_without_a_cache_says_where_it_looked(server, go_offline, tmp_path):
     go_offline()
-    for ask in (hub.download, hub.hub_files):
-        with pytest.raises(CheckpointError) as caught:
-            ask(HUB_ID)
-        assert f"HF_HUB_OFFLINE is set, and {tmp_path / 'hub'} holds nothing of its revision main" in caught.value.cause
-        assert "unset HF_HUB_OFFLINE" in caught.value.hint
+    with pytest.raises(CheckpointError) as caught:
+        download(HUB_ID)
+    assert f"HF_HUB_OFFLINE is set, and {tmp_path / 'hub'} holds nothing of its revision main" in caught.value.cause
+    assert "unset HF_HUB_OFFLINE" in caught.value.hint
     assert not (tmp_path / "hub").exists()
 
 
@@ -583,18 +561,18 @@ def test_offline_uses_and_checks_what_another_tool_downloaded(server, go_offline
 
     folder = Path(huggingface_hub.snapshot_download(HUB_ID, ignore_patterns=["original/*", "model.safetensors"]))
     go_offline()
-    assert hub.download(HUB_ID) == folder
+    assert download(HUB_ID) == folder
     blob_of(folder, SHARDS[0]).write_bytes(bytes(3_000_000))
     with pytest.raises(CheckpointError, match=rf"{SHARDS[0]}: the hub lists sha256"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
     with pytest.raises(CheckpointError, match=rf"the cached snapshot lacks 1 of the 8 files needed, first {SHARDS[0]}"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
 
 
 def test_without_a_connection_the_cache_serves(server, monkeypatch, caplog):
-    online = hub.download(HUB_ID)
+    online = download(HUB_ID)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert hub.download(HUB_ID) == online
+    assert download(HUB_ID) == online
     assert "the connection to http://127.0.0.1:9 failed" in caplog.text
 
 
@@ -603,39 +581,39 @@ def test_without_a_connection_and_a_cache_the_cause_is_told(server, monkeypatch)
     with pytest.raises(
         CheckpointError, match=r"the connection to http://127.0.0.1:9 failed \(.*refused\), and .* holds nothing"
     ):
-        hub.download(HUB_ID)
+        download(HUB_ID)
 
 
 def test_while_the_hub_is_down_the_cache_serves(server, caplog):
-    online = hub.download(HUB_ID)
+    online = download(HUB_ID)
     server.refuse_listing = Refusal(503)
-    assert hub.download(HUB_ID) == online
+    assert download(HUB_ID) == online
     assert "answers HTTP 503; using commit" in caplog.text
 
 
 def test_a_new_commit_that_is_not_complete_does_not_hide_the_old_one(server, go_offline):
-    old = hub.download(HUB_ID)
+    old = download(HUB_ID)
     server.publish(sharded_files() | {SHARDS[0]: b"new weights" * 100_000})
     server.cuts[SHARDS[0]] = [100_000, 0, 0]
     with pytest.raises(CheckpointError, match="connection was lost"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
     go_offline()
-    assert hub.download(HUB_ID) == old
+    assert download(HUB_ID) == old
 
 
 def test_a_new_commit_that_is_complete_serves_offline(server, go_offline):
-    old = hub.download(HUB_ID)
+    old = download(HUB_ID)
     server.publish(sharded_files() | {SHARDS[0]: b"new weights" * 100_000})
-    new = hub.download(HUB_ID)
+    new = download(HUB_ID)
     go_offline()
-    assert hub.download(HUB_ID) == new != old
+    assert download(HUB_ID) == new != old
 
 
 def test_a_damaged_record_of_the_listing_is_not_used(server, caplog):
-    first = hub.download(HUB_ID)
+    first = download(HUB_ID)
     record = first.parent.parent / ".gemma4-export" / f"{first.name}.json"
     record.write_text(record.read_text().replace('"bytes": 3000000', '"bytes": -1'))
-    assert hub.download(HUB_ID, revision=first.name) == first
+    assert download(HUB_ID, revision=first.name) == first
     assert "is damaged" in caplog.text
     assert '"bytes": 3000000' in record.read_text()
 
@@ -648,23 +626,23 @@ def test_what_does_not_fit_is_refused_before_the_first_byte(server, monkeypatch)
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: hub.shutil._ntuple_diskusage(free * 2, free, free))
     needed = sum(len(body) for body in sharded_files().values()) - len(sharded_files()[INDEX])
     with pytest.raises(CheckpointError, match=rf"{needed} bytes are still to be downloaded, .* has {free} free"):
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert server.files_asked == {INDEX}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full: a full disk cannot be had here")
 def test_a_disk_that_fills_up_leaves_nothing_half_valid(server):
-    hub.hub_files(HUB_ID)  # makes the folder
     body = sharded_files()[SHARDS[0]]
     partial = hub_client.open_cache(HUB_ID).partial(
         hub_cache.HubFile(name=SHARDS[0], bytes=len(body), digest=digest_of(SHARDS[0], body))
     )
+    partial.parent.mkdir(parents=True)
     partial.symlink_to("/dev/full")
     with pytest.raises(CheckpointError, match=r"cache is full \(.*No space left on device") as caught:
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert "HF_HOME" in caught.value.hint
     partial.unlink()
-    assert contents(hub.download(HUB_ID)) == sharded_files()
+    assert contents(download(HUB_ID)) == sharded_files()
 
 
 def test_a_cache_that_cannot_be_written_is_named(server, monkeypatch):
@@ -673,7 +651,7 @@ def test_a_cache_that_cannot_be_written_is_named(server, monkeypatch):
 
     monkeypatch.setattr(hub_cache, "_write", refuse)
     with pytest.raises(ConfigError, match=r"cache cannot be written \(.*Permission denied.*refs/main") as caught:
-        hub.download(HUB_ID)
+        download(HUB_ID)
     assert "HF_HOME" in caught.value.hint
 
 
@@ -687,5 +665,5 @@ def test_a_read_only_cache_that_is_complete_still_serves(server, monkeypatch, ca
 
     monkeypatch.setattr(hub_cache, "_write", refuse)
     with caplog.at_level(logging.WARNING):
-        assert str(hub.download(HUB_ID)) == folder
+        assert str(download(HUB_ID)) == folder
     assert "cannot be written (Read-only file system)" in caplog.text

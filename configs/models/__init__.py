@@ -13,6 +13,14 @@ _FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QatCheckpoint:
+    """The decoder of a released model as quantisation-aware training left it: a repository with one Q4_0 GGUF file."""
+
+    hub_id: str
+    file_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReleasedModel:
     """One released checkpoint: ``26b-a4b`` is the instruction-tuned one, ``26b-a4b-base`` the base one."""
 
@@ -22,6 +30,8 @@ class ReleasedModel:
     checkpoint_bytes: int
     """Of its safetensors files, vision and audio towers included."""
     config: ModelConfig
+    qat: QatCheckpoint | None
+    """None: none was released, as of every base model."""
 
 
 def model_names() -> list[str]:
@@ -49,6 +59,16 @@ def released_ids() -> list[str]:
     return [model.hub_id.lower() for size in names_in(_FOLDER) for model in _load_size(size)]
 
 
+def plain_id_of(hub_id: str) -> str | None:
+    """The released checkpoint that a repository called ``hub_id`` was made from, by its name; None: it names none.
+
+    ``bartowski/google_gemma-4-E2B-it-GGUF`` is made from ``google/gemma-4-E2B-it``, not from its base model.
+    """
+    own_name = hub_id.rsplit("/", 1)[-1].lower()
+    released = [model.hub_id for size in names_in(_FOLDER) for model in _load_size(size)]
+    return max((name for name in released if name.rsplit("/", 1)[-1].lower() in own_name), key=len, default=None)
+
+
 def name_of(checkpoint: str) -> str:
     """What a checkpoint called ``checkpoint`` (a hub id or a folder) is: a released one's short name, else its own."""
     own_name = checkpoint.rsplit("/", 1)[-1]
@@ -64,12 +84,13 @@ def _load_size(size: str) -> tuple[ReleasedModel, ReleasedModel]:
     check_keys(
         values,
         {"name", "title", "hub_id", "base_hub_id", "checkpoint_parameters", "config"},
-        set(),
+        {"qat"},
         f"models/{size}.toml",
     )
+    qat = QatCheckpoint(**values["qat"]) if "qat" in values else None
     shared = {"checkpoint_bytes": 2 * values["checkpoint_parameters"], "config": ModelConfig.from_hf(values["config"])}
     title = values["title"]
     return (
-        ReleasedModel(name=size, title=title, hub_id=values["hub_id"], **shared),
-        ReleasedModel(name=f"{size}-base", title=f"{title}, base", hub_id=values["base_hub_id"], **shared),
+        ReleasedModel(name=size, title=title, hub_id=values["hub_id"], qat=qat, **shared),
+        ReleasedModel(name=f"{size}-base", title=f"{title}, base", hub_id=values["base_hub_id"], qat=None, **shared),
     )

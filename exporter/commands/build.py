@@ -7,15 +7,15 @@ import functools
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import Manifest
-from gemma4_export.configs.models import load_model, name_of, released_ids
+from gemma4_export.configs.models import ReleasedModel, load_model, name_of, plain_id_of, released_ids
 from gemma4_export.configs.names import NOT_PACKED_PREFIXES
-from gemma4_export.configs.recipe import load_recipe, recipe_names
+from gemma4_export.configs.recipe import Recipe, load_recipe, recipe_names
 from gemma4_export.configs.target import check_buildable, load_target
 
 if TYPE_CHECKING:
@@ -67,12 +67,16 @@ def build(
             if checkpoint is None:
                 from gemma4_export.exporter.hub import download
 
-                hub_id = released.hub_id if released else str(model)
-                checkpoint = download(hub_id, on_progress=functools.partial(progress, "download"))
-                name = name_of(hub_id)
+                origin = hub_checkpoint(released or str(model), chosen_recipe)
+                progress.say(origin.note)
+                downloaded = download(
+                    origin.hub_id, plain_id=origin.plain_id, on_progress=functools.partial(progress, "download")
+                )
+                name = released.name if released else name_of(origin.hub_id)
+                source = stack.enter_context(open_source(downloaded.folder, downloaded.companions))
             else:
                 name = name_of(checkpoint.resolve().name)
-            source = stack.enter_context(open_source(checkpoint))
+                source = stack.enter_context(open_source(checkpoint))
         options = resolve_options(
             source.config,
             model_name=name,
@@ -86,6 +90,31 @@ def build(
         artifact = out or Path(f"gemma4-{options.model_name}-{options.target.name}")
         manifest = build_artifact(source, options, artifact, progress)
     _report(manifest, artifact, time.monotonic() - started)
+
+
+class HubCheckpoint(NamedTuple):
+    """What is downloaded: its id, the plain checkpoint's (for a GGUF without config and tokenizer), what to tell."""
+
+    hub_id: str
+    plain_id: str | None
+    note: str
+
+
+def hub_checkpoint(model: ReleasedModel | str, recipe: Recipe) -> HubCheckpoint:
+    """The checkpoint that ``recipe`` wants of a released model, or of a hub id beside those."""
+    if isinstance(model, str):
+        note = f"{recipe.name}: no quantisation-aware checkpoint of {model} is known; what is not 4-bit yet is rounded"
+        return HubCheckpoint(model, plain_id_of(model), note if recipe.prefers_qat else "")
+    if not recipe.prefers_qat:
+        return HubCheckpoint(model.hub_id, None, "")
+    if model.qat is None:
+        note = f"{recipe.name}: no quantisation-aware checkpoint of {model.hub_id} is known; its weights are rounded"
+        return HubCheckpoint(model.hub_id, None, note)
+    note = (
+        f"{recipe.name}: taking the quantisation-aware checkpoint {model.qat.hub_id} "
+        f"(--recipe int4-rtn rounds {model.hub_id} instead)"
+    )
+    return HubCheckpoint(model.qat.hub_id, model.hub_id, note)
 
 
 def _is_foreign(model: str) -> bool:

@@ -45,10 +45,11 @@ def _describe(plan: object) -> list[str]:
 
     assert isinstance(plan, Plan)
     giga = 1e9
+    origin = f" ({plan.download_from})" if plan.download_from else ""
     lines = [f"{plan.model} for {plan.target}, {plan.recipe}, context {plan.context}"]
     lines += [f"  {size / giga:8.3f} GB  {role}" for role, size in sorted(plan.role_bytes.items())]
     lines += [
-        f"artifact  {plan.artifact_bytes / giga:.2f} GB; download {plan.download_bytes / giga:.2f} GB; "
+        f"artifact  {plan.artifact_bytes / giga:.2f} GB; download {plan.download_bytes / giga:.2f} GB{origin}; "
         f"free disk needed {plan.build_disk_bytes / giga:.2f} GB",
         f"memory    {plan.weights_in_memory_bytes / giga:.2f} GB weights + {plan.kv_bytes / giga:.2f} GB KV + "
         f"{plan.scratch_bytes / giga:.2f} GB scratch of {plan.memory_bytes / giga:.1f} GB; "

@@ -42,6 +42,11 @@ class BuildProgress:
         if self._bars is not None:
             self._bars.stop()
 
+    def say(self, text: str) -> None:
+        """One line that stays, nothing for an empty ``text``."""
+        if text:
+            self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
     def __call__(self, stage: Stage, what: str, done: int, total: int) -> None:
         """Show ``done`` of ``total``; a stage that is done twice is reported once."""
         seconds = time.monotonic() - self._started.setdefault(stage, time.monotonic())
