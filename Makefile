@@ -12,7 +12,7 @@ demo: $(VENV)/.export  ## build the demo artifact for this machine's processor a
 	$(BIN)/python -m demo.talk
 
 test: $(VENV)/.dev lint  ## format, lint, types and the tests that need no GPU and no download (10 minutes at most)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile -m "not full and not gpu and not checkpoint"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --every-message -m "not full and not gpu and not checkpoint"
 
 test-full: $(VENV)/.dev  ## the longer tier
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile -m "full and not gpu and not checkpoint"

@@ -10,6 +10,9 @@ class Gemma4Error(Exception):
     """Base of every error that is somebody's input, not our bug: one line of cause with numbers, one line of hint."""
 
     def __init__(self, cause: str, *, hint: str | None = None) -> None:
+        # Names come from files that somebody else wrote: no line break of theirs makes a third line, and no escape
+        # sequence reaches a terminal.
+        cause, hint = _shown(cause), None if hint is None else _shown(hint)
         super().__init__(cause if hint is None else f"{cause}\nhint: {hint}")
         self.cause = cause
         self.hint = hint
@@ -29,6 +32,11 @@ class ContractError(Gemma4Error):
 
 class ArtifactError(Gemma4Error):
     """The artifact folder is damaged, too new, or made for another device."""
+
+
+def _shown(line: str) -> str:
+    """``line`` with what cannot be printed spelled out, as repr does."""
+    return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

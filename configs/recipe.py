@@ -46,7 +46,8 @@ def load_recipe(name: str) -> Recipe:
         try:
             return _parse(tomllib.loads(path.read_text(encoding="utf-8")), path.name)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path}: not a readable TOML file ({error})") from error
+            hint = "see docs/quantization.md for one that works, or take a shipped recipe: --recipe int4"
+            raise ConfigError(f"{path}: not a readable TOML file ({error})", hint=hint) from error
     return _parse(load_named(_FOLDER, name, "recipe"), f"recipes/{name}.toml")
 
 
@@ -54,7 +55,8 @@ def _parse(values: Mapping[str, Any], where: str) -> Recipe:
     check_keys(values, {"name", "title", "roles"}, {"prefers_qat"}, where)
     roles = values["roles"]
     if not isinstance(roles, Mapping):
-        raise ConfigError(f"{where}: roles: expected a table, found {type(roles).__name__}")
+        found = type(roles).__name__
+        raise ConfigError(f"{where}: roles: expected a table, found {found}", hint='begin it with a line "[roles]"')
     formats: dict[Role, WeightFormat] = {}
     for role, text in roles.items():
         if role not in RECIPE_ROLES:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["every_message"]
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -440,6 +440,14 @@ def test_a_refusal_says_what_to_type(server, where, refusal, cause, hints):
         assert hint in caught.value.hint
 
 
+def test_any_other_refusal_is_passed_on_in_the_hubs_words(server):
+    server.refuse_listing = Refusal(451, None, "Unavailable For Legal Reasons")
+    with pytest.raises(CheckpointError) as caught:
+        hub.download(HUB_ID)
+    assert caught.value.cause == f"{HUB_ID}: the hub refuses (HTTP 451: Unavailable For Legal Reasons)"
+    assert HUB_ID in caught.value.hint
+
+
 def test_a_revision_that_does_not_exist_is_named(server):
     with pytest.raises(ConfigError, match=rf"{HUB_ID}: no revision v9 \(HTTP 404"):
         download(HUB_ID, revision="v9")

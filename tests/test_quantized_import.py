@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -706,6 +707,41 @@ def test_damaged_header_is_refused_or_read_but_never_a_crash(position: int, flip
     # Any other exception is the failure that this test looks for.
     with contextlib.suppress(CheckpointError):
         read_gguf_header(broken)
+
+
+def header(*, version: int = 3, alignment: int | None = None, names: Sequence[str] = ()) -> bytes:
+    """A GGUF header of one-dimensional tensors of no known type; its metadata is the alignment, if there is one."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    values = b"" if alignment is None else text("general.alignment") + struct.pack("<II", 4, alignment)
+    tensors = b"".join(text(name) + struct.pack("<IQIQ", 1, 32, 999, 0) for name in names)
+    counts = struct.pack("<IQQ", version, len(names), alignment is not None)
+    return b"GGUF" + counts + values + tensors
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (header(version=1), "model.gguf: GGUF version 1, this version reads 2 and 3"),
+        (header(alignment=0), "model.gguf: general.alignment is 0"),
+        (header(names=["a", "a"]), "model.gguf: a: listed twice"),
+    ],
+)
+def test_header_that_cannot_be_is_named(content: bytes, cause: str, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_gguf_header(tmp_path / "model.gguf")
+    assert caught.value.cause == cause
+    assert caught.value.hint
+
+
+def test_name_in_a_damaged_file_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(header(names=["\x1b[2J\nok", "\x1b[2J\nok"]))
+    with pytest.raises(CheckpointError) as caught:
+        read_gguf_header(tmp_path / "model.gguf")
+    assert caught.value.cause == r"model.gguf: \x1b[2J\nok: listed twice"
 
 
 def test_folder_without_config_says_where_to_get_it(tmp_path: Path) -> None:
