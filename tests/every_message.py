@@ -2,9 +2,9 @@
 
 A message is a place in the package that makes one of the four error classes: a ``raise`` statement with a call in it,
 or a bare construction such as ``return ConfigError(...)``. Each error made while tests run marks the places on its
-stack, and its form is checked on the spot, which fails the test that made it. The workers of pytest-xdist hand what they
-saw to the process that started them, which compares once all have ended. Processes that tests start are not watched:
-their messages need a test that calls the same code.
+stack, and its form is checked on the spot, which fails the test that made it. The workers of pytest-xdist hand what
+they saw to the process that started them, which compares once all have ended. Processes that tests start are not
+watched: their messages need a test that calls the same code.
 """
 
 from __future__ import annotations
