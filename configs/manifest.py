@@ -3,6 +3,8 @@
 ``manifest.json`` is UTF-8 JSON with sorted keys and no timestamps: equal inputs give equal bytes. Rules a reader holds:
 
 * ``format`` is an integer. A reader refuses one that it does not know, and any key that it does not know.
+* ``sha256`` is that of the file without this key. A reader refuses a file that is not, byte for byte, what it would
+  write of the same values: a flipped bit in a RoPE frequency would change every answer and contradict nothing.
 * Every path is relative, with forward slashes, and lies inside the folder.
 * ``files`` lists every immutable file with its size and sha256. Engines and reports are added later and are not listed.
 * Tables are row-major regions of listed files; graphs name their inputs and outputs as ``configs/names.py`` does.
@@ -11,6 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import types
@@ -102,6 +105,8 @@ class CacheEntry:
     kind: Literal["sliding", "global"]
     num_kv_heads: int
     head_dim: int
+    num_readers: int
+    """Layers that attend to it, its own included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,14 +188,15 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        return sealed(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Read a manifest strictly.
 
         Raises:
-            ArtifactError: it is no manifest, of another format, or names a file outside its folder.
+            ArtifactError: it is no manifest, of another format, contradicts itself, names a file outside its folder, or
+                was changed since it was written.
         """
         try:
             values = json.loads(text)
@@ -203,6 +209,7 @@ class Manifest:
                 f"{MANIFEST_NAME}: format {found!r}, this version reads format {FORMAT}",
                 hint="pip install --upgrade gemma4-export" if newer else _REBUILD,
             )
+        seal = values.pop(_SEAL, None)
         manifest: Manifest = _parse(cls, values, MANIFEST_NAME)
         paths = [*manifest.files, *(graph.file for graph in manifest.graphs.values()), manifest.embed_tokens.file]
         if manifest.embed_tokens_per_layer:
@@ -212,9 +219,25 @@ class Manifest:
             if path not in manifest.files:
                 raise ArtifactError(f"{MANIFEST_NAME}: {path} is used but not listed under files", hint=_REBUILD)
         _check_numbers(manifest)
+        if manifest.to_json() != text:  # last: what is wrong in particular says more
+            found = hashlib.sha256(_dump(values).encode()).hexdigest()
+            raise ArtifactError(
+                f"{MANIFEST_NAME}: changed since it was written; its sha256 says {str(seal)[:12]}…, now {found[:12]}…",
+                hint="copy the folder again, or build it again with gemma4-export build",
+            )
         return manifest
 
 
+def sealed(values: dict[str, Any]) -> str:
+    """The text of a manifest with these values: they and their sha256."""
+    return _dump(values | {_SEAL: hashlib.sha256(_dump(values).encode()).hexdigest()})
+
+
+def _dump(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+_SEAL = "sha256"
 _REBUILD = "the folder is damaged; build it again with gemma4-export build"
 
 

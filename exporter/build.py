@@ -222,6 +222,7 @@ def kv_layout(config: ModelConfig, options: BuildOptions) -> KVLayout:
                 kind="sliding" if layer.is_sliding else "global",
                 num_kv_heads=layer.num_kv_heads,
                 head_dim=layer.head_dim,
+                num_readers=sum(reader.kv_source == layer.index for reader in config.layers),
             )
             for layer in config.layers
             if layer.owns_kv

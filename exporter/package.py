@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -16,16 +17,18 @@ from gemma4_export.configs.errors import CheckpointError, ConfigError
 from gemma4_export.configs.manifest import LOCK_NAME, MANIFEST_NAME, FileEntry
 from gemma4_export.exporter.passes.external import GRAPHS_FOLDER
 from gemma4_export.exporter.weights import WEIGHTS_FOLDER
-from gemma4_export.exporter.write import JOURNAL_NAME
+from gemma4_export.exporter.write import JOURNAL_NAME, num_finished
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def partial_folder(out: Path) -> Iterator[Path]:
     """A work folder beside ``out`` that becomes ``out`` when the block ends well.
 
-    When the block raises because the input is wrong, the folder vanishes. When it is interrupted, killed, or the disk
-    is full, the folder stays, and the next build of the same input goes on from its journal. A build that still runs
-    is refused by its lock.
+    When the block is interrupted, killed, or the disk is full, the folder stays, and the next build of the same input
+    goes on from its journal. When it raises because the input is wrong, the folder vanishes if no weight was finished.
+    A build that still runs is refused by its lock.
 
     Raises:
         ConfigError: ``out`` exists, another build is writing it, or ``OUT.partial`` is not ours.
@@ -59,11 +62,23 @@ def partial_folder(out: Path) -> Iterator[Path]:
         try:
             yield work
         except (CheckpointError, ConfigError):
-            shutil.rmtree(work)
+            _give_up(work)
             raise
         # Until the lock goes nobody loads the folder, whatever happens in between.
         work.rename(out)
+        (out / JOURNAL_NAME).unlink(missing_ok=True)
         (out / LOCK_NAME).unlink()
+
+
+def _give_up(work: Path) -> None:
+    """Keep what took long to make: a damaged file or a disk that does not answer may be mended."""
+    if finished := num_finished(work):
+        command = f"rm -r {shlex.quote(str(work))}"
+        _log.warning(
+            "%s: %d finished weights are kept for the same build to go on from; or %s", work, finished, command
+        )
+    else:
+        shutil.rmtree(work)
 
 
 def _take_back(out: Path, work: Path) -> None:
@@ -89,7 +104,7 @@ def hash_files(work: Path, known: dict[str, FileEntry]) -> dict[str, FileEntry]:
     entries = dict(known)
     for path in sorted(work.rglob("*")):
         name = path.relative_to(work).as_posix()
-        if path.is_file() and name != LOCK_NAME and name not in entries:
+        if path.is_file() and name not in (LOCK_NAME, JOURNAL_NAME) and name not in entries:
             entries[name] = hash_file(path)
     return entries
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.models import ReleasedModel
 from gemma4_export.configs.names import EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, LM_HEAD, decoder_tensors
 from gemma4_export.configs.recipe import Recipe, load_recipe
+from gemma4_export.configs.step_bytes import cpu_matrix_bytes, step_bytes
 from gemma4_export.configs.target import Target
 from gemma4_export.exporter.build import BuildOptions, kv_layout, resolve_lengths
 from gemma4_export.exporter.weights import Placement, StoredWeight, place_weights
@@ -86,7 +88,15 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
     room = memory - _PROCESS_BYTES - weights - scratch
     artifact = sum(placement.num_bytes.values()) + _OTHER_FILES_BYTES
     kv = layout.num_bytes(options.context) * kv_item // 4
-    per_token = _read_bytes(config, placement, is_cpu=is_cpu) + _kv_read_bytes(config, options.context, kv_item)
+    moe = config.layers[0].moe
+    per_token = step_bytes(
+        cpu_matrix_bytes(_roles(placement)) if is_cpu else _gpu_matrix_bytes(placement),
+        layout,
+        options.context,
+        num_experts=moe.num_experts if moe else 0,
+        top_k_experts=moe.top_k if moe else 0,
+        kv_item_bytes=kv_item,
+    )
     bandwidth = target.bandwidth_bytes_per_s
     hub_id, download = _download(model, options)
     return Plan(
@@ -94,7 +104,7 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
         target=target.name,
         recipe=options.recipe.name,
         context=options.context,
-        role_bytes=_role_bytes(placement),
+        role_bytes={role: size.bytes for role, size in _roles(placement).items()},
         artifact_bytes=artifact,
         download_from=hub_id,
         download_bytes=download,
@@ -144,10 +154,29 @@ def _download(model: ReleasedModel, options: BuildOptions) -> tuple[str | None, 
     return model.hub_id, model.checkpoint_bytes
 
 
-def _role_bytes(placement: Placement) -> dict[str, int]:
+@dataclass(slots=True)
+class _RoleSize:
+    """The weights of one role, summed."""
+
+    format: str
+    parameters: int = 0
+    bytes: int = 0
+
+
+def _roles(placement: Placement) -> dict[str, _RoleSize]:
+    sizes: dict[str, _RoleSize] = {}
+    for weight in placement.stored:
+        size = sizes.setdefault(weight.role, _RoleSize(str(weight.placed.format)))
+        size.parameters += math.prod(weight.placed.shape)
+        size.bytes += weight.placed.code_bytes + weight.placed.scale_bytes
+    return sizes
+
+
+def _gpu_matrix_bytes(placement: Placement) -> dict[str, int]:
+    """Role -> bytes of the matrices that a GPU multiplies with: all that it holds."""
     sizes: dict[str, int] = {}
     for weight in placement.stored:
-        sizes[weight.role] = sizes.get(weight.role, 0) + weight.placed.code_bytes + weight.placed.scale_bytes
+        sizes[weight.role] = sizes.get(weight.role, 0) + _memory_bytes(weight, placement, is_cpu=False)
     return sizes
 
 
@@ -174,25 +203,6 @@ def _largest_conversion(placement: Placement, *, is_cpu: bool) -> int:
     """While a weight is packed or widened, source and result exist side by side; one weight at a time."""
     held = {weight.name: _memory_bytes(weight, placement, is_cpu=is_cpu) for weight in placement.stored}
     return max(weight.placed.code_bytes + held[weight.name] for weight in placement.stored if held[weight.name])
-
-
-def _read_bytes(config: ModelConfig, placement: Placement, *, is_cpu: bool) -> int:
-    """Bytes of weights that one decode step reads: every matrix once, of the experts the chosen ones."""
-    total = 0.0
-    moe = next((layer.moe for layer in config.layers if layer.moe), None)
-    for weight in placement.stored:
-        share = moe.top_k / moe.num_experts if moe and weight.role == "decoder.experts" else 1.0
-        total += share * _memory_bytes(weight, placement, is_cpu=is_cpu)
-    return int(total)
-
-
-def _kv_read_bytes(config: ModelConfig, length: int, item: int) -> int:
-    """Shared layers read their donor's cache again, so every layer counts."""
-    total = 0
-    for layer in config.layers:
-        tokens = length if layer.sliding_window is None else min(length, layer.sliding_window)
-        total += 2 * item * layer.num_kv_heads * layer.head_dim * tokens
-    return total
 
 
 def _scratch_bytes(config: ModelConfig, chunk: int) -> int:

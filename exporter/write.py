@@ -112,7 +112,8 @@ def write_weights(
     """Write every weight of ``placement`` below ``folder``, going on where a killed build with the same ``key`` ended.
 
     Args:
-        key: names everything that decides the bytes; a journal with another key is thrown away.
+        key: names everything that decides the bytes; a journal with another key is thrown away. The journal stays when
+            all is written, for a build that is killed in a later stage.
         on_bytes: called with a weight's name and the bytes just written (or found written).
     Raises:
         CheckpointError: NaN or Inf in a weight, or a damaged file.
@@ -140,7 +141,6 @@ def write_weights(
     finally:
         for opened in files.values():
             opened.close()
-    journal.path.unlink()
     return written
 
 
@@ -297,6 +297,12 @@ class _Finished:
     end: int
     sha256: str
     stats: WeightStats
+
+
+def num_finished(folder: Path) -> int:
+    """How many weights the journal in ``folder`` lists as written; 0 without one."""
+    path = folder / JOURNAL_NAME
+    return max(0, len(path.read_bytes().split(b"\n")) - 2) if path.is_file() else 0  # its key, and a line's end
 
 
 class _Journal:

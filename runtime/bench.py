@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from gemma4_export.configs.errors import ConfigError
-from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.configs.manifest import Manifest
+from gemma4_export.configs.step_bytes import cpu_matrix_bytes, step_bytes
 from gemma4_export.runtime.gemma4 import Gemma4
 
 _READ_BYTES = 1 << 29  # larger than any cache, small beside the weights
@@ -85,25 +85,17 @@ def bench(
     )
 
 
-def bytes_per_token(manifest: Manifest, length: int) -> float:
-    """Bytes that one decode step at ``length`` tokens reads: every matrix once, top-k of the experts, and the KV.
-
-    Float matrices count four bytes a weight: onnxruntime widens bfloat16 at load.
-    """
-    model, total = manifest.model, 0.0
-    for role, entry in manifest.census.items():
-        if role.startswith("embeddings.") and not (
-            role == "embeddings.tokens" and "decoder.head" not in manifest.census
-        ):
-            continue  # one row of a table; the token table counts where it is the head as well
-        is_codes = WeightFormat.parse(entry.format).is_quantized
-        size = entry.bytes if is_codes else entry.parameters * 4
-        total += size * (model.top_k_experts / model.num_experts if role == "decoder.experts" else 1)
-    window = manifest.kv.sliding_window or 0
-    for cache in manifest.kv.caches:
-        tokens = min(length, window) if cache.kind == "sliding" else length
-        total += 2 * 4 * cache.num_kv_heads * cache.head_dim * tokens
-    return total
+def bytes_per_token(manifest: Manifest, length: int) -> int:
+    """Bytes that one decode step of the ``ort-cpu`` graph reads at ``length`` tokens."""
+    model = manifest.model
+    return step_bytes(
+        cpu_matrix_bytes(manifest.census),
+        manifest.kv,
+        length,
+        num_experts=model.num_experts,
+        top_k_experts=model.top_k_experts,
+        kv_item_bytes=4,
+    )
 
 
 def plain_read() -> float:

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +39,7 @@ from gemma4_export.configs.manifest import (
     RopeEntry,
     ScalesEntry,
     TableEntry,
+    sealed,
 )
 from gemma4_export.exporter.checkpoint import Checkpoint
 from gemma4_export.exporter.package import partial_folder
@@ -60,8 +63,9 @@ def folder(tmp_path: Path) -> Path:
 def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     path = folder / MANIFEST_NAME
     values = json.loads(path.read_text("utf-8"))
+    del values["sha256"]
     edit(values)
-    path.write_text(json.dumps(values), encoding="utf-8")
+    path.write_text(sealed(values), encoding="utf-8")
 
 
 def list_again(folder: Path, name: str) -> None:
@@ -117,8 +121,8 @@ def fixed_manifest() -> Manifest:
             sliding_slots=12,
             global_bucket=16,
             caches=[
-                CacheEntry(layer=0, kind="sliding", num_kv_heads=2, head_dim=4),
-                CacheEntry(layer=1, kind="global", num_kv_heads=1, head_dim=8),
+                CacheEntry(layer=0, kind="sliding", num_kv_heads=2, head_dim=4, num_readers=2),
+                CacheEntry(layer=1, kind="global", num_kv_heads=1, head_dim=8, num_readers=1),
             ],
         ),
         embed_tokens=TableEntry(
@@ -212,13 +216,15 @@ GOLDEN = """\
     "head_dim": 4,
     "kind": "sliding",
     "layer": 0,
-    "num_kv_heads": 2
+    "num_kv_heads": 2,
+    "num_readers": 2
    },
    {
     "head_dim": 8,
     "kind": "global",
     "layer": 1,
-    "num_kv_heads": 1
+    "num_kv_heads": 1,
+    "num_readers": 1
    }
   ],
   "global_bucket": 16,
@@ -251,6 +257,7 @@ GOLDEN = """\
   "num_frequencies": 2,
   "theta": 10000.0
  },
+ "sha256": "1ab75864155a13a2ffde786e9f56ebd9d624f0952a1b9363d95a342281e70eac",
  "sources": {
   "config.json": {
    "bytes": 7,
@@ -334,6 +341,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         kind=st.sampled_from(["sliding", "global"]),
         num_kv_heads=sizes,
         head_dim=sizes,
+        num_readers=sizes,
     )
     graph = st.builds(GraphEntry, file=path, backend=words, inputs=st.lists(words), outputs=st.lists(words))
     return Manifest(
@@ -370,6 +378,36 @@ def test_manifests_survive_writing_and_reading(manifest: Manifest) -> None:
     text = manifest.to_json()
     assert Manifest.from_json(text) == manifest
     assert Manifest.from_json(text).to_json() == text
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_changed_byte_in_the_manifest_is_noticed(seed: int, folder: Path) -> None:
+    """Anywhere in the file: numbers that still fit together, names, even white space."""
+    path, draw = folder / MANIFEST_NAME, random.Random(seed)
+    whole = path.read_bytes()
+    for place in draw.sample(range(len(whole)), 40):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << draw.randrange(7)
+        path.write_bytes(changed)
+        with pytest.raises(ArtifactError):
+            Artifact.open(folder)
+    path.write_bytes(whole)
+    Artifact.open(folder)
+
+
+def test_a_changed_number_that_contradicts_nothing_is_told_from_damage() -> None:
+    text = fixed_manifest().to_json()
+    assert text.count('"theta": 10000.0') == 1
+    with pytest.raises(ArtifactError) as caught:
+        Manifest.from_json(text.replace('"theta": 10000.0', '"theta": 10001.0'))
+    assert re.fullmatch(
+        r"manifest.json: changed since it was written; its sha256 says [0-9a-f]{12}…, now [0-9a-f]{12}…",
+        caught.value.cause,
+    )
+    assert caught.value.hint is not None
+    for other in (text.replace(" ", "  ", 1), text.replace('\n "sha256": ', '\n "sha255": '), text + "\n"):
+        with pytest.raises(ArtifactError):
+            Manifest.from_json(other)
 
 
 def edited(path: str, value: object) -> str:
@@ -637,7 +675,9 @@ def test_partial_folder_of_somebody_else_is_refused_and_left_alone(tmp_path: Pat
     assert names_in(work) == ["thesis.tex"]
 
 
-def test_build_that_fails_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_that_fails_midway_keeps_its_finished_weights_and_nothing_that_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoint = shutil.copytree(tiny.checkpoint("31b"), tmp_path / "checkpoint")
     out, seen = tmp_path / "out", []
     rows = Checkpoint.rows
@@ -652,7 +692,25 @@ def test_build_that_fails_midway_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(CheckpointError, match=r"model.safetensors: .*: ended \d+ bytes early"):
         build(checkpoint, out)
     assert seen == [[LOCK_NAME, "graphs", "journal.jsonl", "tokenizer"]]  # it was midway indeed
-    assert names_in(tmp_path) == ["checkpoint"]
+    assert names_in(tmp_path) == ["checkpoint", "out.partial"]
+    assert refused(tmp_path / "out.partial").cause.endswith("its build has not finished")
+    finished = [
+        json.loads(line)["name"] for line in (tmp_path / "out.partial/journal.jsonl").read_text().splitlines()[1:]
+    ]
+    assert f"out.partial: {len(finished)} finished weights are kept" in caplog.text
+    assert f"rm -r {tmp_path / 'out.partial'}" in caplog.text
+
+
+def test_build_that_fails_before_its_first_weight_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(self: Checkpoint, name: str, start: int, stop: int) -> Any:
+        raise CheckpointError("model.safetensors: damaged")
+
+    monkeypatch.setattr(Checkpoint, "rows", damaged)
+    with pytest.raises(CheckpointError, match="damaged"):
+        build(tiny.checkpoint("31b"), tmp_path / "out")
+    assert names_in(tmp_path) == []
 
 
 def test_interrupted_build_leaves_a_folder_to_go_on_from_that_never_loads(tmp_path: Path) -> None:

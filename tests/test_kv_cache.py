@@ -32,7 +32,7 @@ def make_layout(*, window: int | None, chunk: int, bucket: int = 4) -> KVLayout:
         sliding_slots=0 if window is None else window - 1 + chunk,
         global_bucket=bucket,
         caches=[
-            CacheEntry(layer=layer, kind=kind, num_kv_heads=heads, head_dim=head_dim)
+            CacheEntry(layer=layer, kind=kind, num_kv_heads=heads, head_dim=head_dim, num_readers=1)
             for layer, (kind, heads, head_dim) in SHAPES.items()
             if kind == "global" or window is not None
         ],

@@ -25,6 +25,7 @@ from gemma4_export.exporter.build import BuildOptions
 from gemma4_export.exporter.commands import main
 from gemma4_export.exporter.dummy import DummySource
 from gemma4_export.exporter.plan import Plan, check_fits, make_plan, resolve_plan
+from gemma4_export.runtime.bench import bytes_per_token
 
 SIZES = [name for name in model_names() if not name.endswith("-base")]
 PROCESS, OTHER_FILES = 300 << 20, 40 << 20
@@ -232,6 +233,20 @@ def test_a_step_reads_the_chosen_experts_only():
     rest = plan.weights_in_memory_bytes - experts
     kv = plan.bytes_per_token - rest - experts * 8 / 128
     assert 0 <= kv < 2e6
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "int8", "int4", OWN_HEAD], ids=_name)
+@pytest.mark.parametrize("structure", ["e2b", "26b-a4b"])
+def test_plan_and_bench_count_the_same_bytes_per_token(structure, recipe, tmp_path):
+    """Exactly, on layers that share KV (e2b) and on routed experts. Mutants: scales twice, owners of KV only."""
+    config = ModelConfig.from_hf(small.hub_config(structure))
+    assert structure != "e2b" or config.first_shared_layer < config.num_layers
+    model = dataclasses.replace(small_model(structure=structure), config=config)
+    manifest = small.build_artifact(DummySource(config), tmp_path / "artifact", recipe=recipe, context=64)
+    assert planned(model, "cpu", recipe, context=64, chunk=7)[0].bytes_per_token == bytes_per_token(manifest, 64)
+    kv = bytes_per_token(manifest, 64) - bytes_per_token(manifest, 0)
+    wanted = [2 * 4 * n.num_kv_heads * n.head_dim * min(64, n.sliding_window or 64) for n in config.layers]
+    assert kv == sum(wanted)
 
 
 def test_the_limit_falls_with_the_context():

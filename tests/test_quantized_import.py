@@ -26,7 +26,7 @@ from oracle import find_prompt, oracle
 from safetensors.torch import save_file
 
 from gemma4_export.configs.artifact import Artifact
-from gemma4_export.configs.errors import CheckpointError, ConfigError, Gemma4Error
+from gemma4_export.configs.errors import ArtifactError, CheckpointError, ConfigError, Gemma4Error
 from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.configs.manifest import CensusEntry, Manifest
 from gemma4_export.configs.names import EMBED_TOKENS, decoder_tensors, expert_tensor
@@ -440,7 +440,8 @@ def test_scales_that_cannot_be_are_named(
         return
     # A build leaves nothing that looks like an artifact.
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(ArtifactError):
+        Artifact.open(tmp_path / "out.partial")
 
 
 def test_block_of_zeros_may_have_a_zero_scale() -> None:
