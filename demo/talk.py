@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,6 @@ SCRIPT = (
     (True, "What is 345 * 7?"),
     (False, "Thank you!"),
 )
-_THOUGHT = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
 
 
 def main() -> None:
@@ -36,13 +34,12 @@ def main() -> None:
     for thinks, text in SCRIPT:
         print(f"\nyou     {text}")
         before = time.perf_counter()
-        reply = model.generate([{"role": "user", "content": text}], enable_thinking=thinks)
+        reply = model.generate([{"role": "user", "content": text}], enable_thinking=thinks, temperature=0)
         seconds += time.perf_counter() - before
         num_tokens += len(reply.ids)
-        raw = model.tokenizer.decode(reply.ids, keep_control=True)
-        for thought in _THOUGHT.findall(raw):
-            print("thinks  " + thought.strip().replace("\n", "\n        "))
-        print("gemma   " + _THOUGHT.sub("", raw).removesuffix("<turn|>"))
+        if reply.thought:
+            print("thinks  " + reply.thought.strip().replace("\n", "\n        "))
+        print("gemma   " + reply.text)
     print(f"\n{num_tokens} tokens in {seconds:.1f} s; {time.perf_counter() - started:.0f} s in all, build included")
     command = Path(sys.executable).with_name("gemma4-run")
     print(f'next: {command} generate {ARTIFACT} --prompt "What is 12 + 30?"  (it knows sums and small talk, no more)')

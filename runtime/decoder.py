@@ -22,9 +22,9 @@ Int64 = np.ndarray[Any, np.dtype[np.int64]]
 class Decoder:
     """Embedding tables, RoPE and the decoder graph of one artifact."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, *, num_threads: int | None = None) -> None:
         manifest = self.manifest = artifact.manifest
-        self._session = open_session(artifact)
+        self._session = open_session(artifact, num_threads=num_threads)
         self.seconds_in_graph = 0.0
         """Time spent in the backend so far; the rest of a call is ours."""
         self._tokens = EmbeddingTable(artifact, manifest.embed_tokens)

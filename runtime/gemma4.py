@@ -3,65 +3,102 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ConfigError, ContractError
 from gemma4_export.runtime.chat_template import ChatTemplate
 from gemma4_export.runtime.decoder import Decoder, Float32
-from gemma4_export.runtime.generate import generate_ids, pick_greedily
+from gemma4_export.runtime.generate import Pick, generate_ids
 from gemma4_export.runtime.kv_cache import KVCache
-from gemma4_export.runtime.tokenizer import TextStream, Tokenizer, load_stop_ids, load_suppressed_ids
+from gemma4_export.runtime.memory import check_memory
+from gemma4_export.runtime.reply import Reply, ReplyParser
+from gemma4_export.runtime.sampling import Sampler, Sampling
+from gemma4_export.runtime.stream import Stream
+from gemma4_export.runtime.tokenizer import Tokenizer, load_stop_ids
 
 _log = logging.getLogger(__name__)
 
 _MEDIA = ("image", "image_url", "audio", "input_audio", "video")
 
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """One answer: its text without control tokens, its ids (the stop id included), and why it ended."""
-
-    text: str
-    ids: list[int]
-    finish_reason: FinishReason
-    num_prompt_tokens: int
+DEFAULT_MAX_NEW_TOKENS = 1024
 
 
 class Gemma4:
-    """A loaded artifact. Not for use by several threads at once."""
+    """A loaded artifact. One thread at a time; only ``Stream.cancel`` may come from another.
 
-    def __init__(self, artifact: Artifact) -> None:
+    Between requests it keeps the newest sequence's keys and values: a request that goes on from it computes only what
+    is new. ``close`` lets go of everything, and so does the end of a ``with`` block.
+    """
+
+    def __init__(
+        self, artifact: Artifact, *, num_threads: int | None = None, max_memory_bytes: int | None = None
+    ) -> None:
         """Load the graph and map the tables of an opened artifact; ``Gemma4.load`` does both."""
+        _check_threads(num_threads)
+        check_memory(artifact.manifest, max_memory_bytes)
         self.artifact = artifact
         if artifact.manifest.has_dummy_weights:
             _log.warning("%s: random weights, for sizes and speed; what it says means nothing", artifact.folder)
         folder = artifact.path("tokenizer")
         self.tokenizer = Tokenizer.load(folder)
         self.stop_ids = load_stop_ids(folder)
-        self.suppressed_ids = load_suppressed_ids(folder)
+        self.sampling = Sampling.from_checkpoint(folder)
+        """The checkpoint's own options, for requests that say nothing else."""
         self.template: ChatTemplate | None = None
         if artifact.manifest.model.is_chat:
             self.template = ChatTemplate(folder / "chat_template.jinja")
-        self.decoder = Decoder(artifact)
+        self._decoder: Decoder | None = Decoder(artifact, num_threads=num_threads)
+        self._kept: tuple[list[int], KVCache] | None = None  # tokens whose keys and values the cache holds
 
     @classmethod
-    def load(cls, folder: str | Path, *, check: Literal["small", "full"] = "small") -> Gemma4:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        check: Literal["small", "full"] = "small",
+        num_threads: int | None = None,
+        max_memory_bytes: int | None = None,
+    ) -> Gemma4:
         """Load an artifact folder.
 
         Args:
             folder: what ``gemma4-export build`` wrote.
             check: "full" hashes the weights too (about 2 GB/s), "small" only files up to 64 MiB.
+            num_threads: threads that compute; None: one a core.
+            max_memory_bytes: refuse to load what needs more, its longest conversation included; None: refuse only what
+                passes the memory that the system has left.
         Raises:
-            ArtifactError: no artifact, damaged, of a newer format, or for a backend that cannot run here.
+            ArtifactError: no artifact, damaged, of a newer format, for a backend that cannot run here, or too large.
+            ConfigError: ``num_threads`` or ``max_memory_bytes`` is no positive integer.
         """
-        return cls(Artifact.open(folder, check=check))
+        artifact = Artifact.open(folder, check=check)
+        return cls(artifact, num_threads=num_threads, max_memory_bytes=max_memory_bytes)
+
+    def close(self) -> None:
+        """Free weights and caches. Calling it twice is fine; whatever computes raises ContractError afterwards."""
+        self._decoder, self._kept = None, None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder.
+
+        Raises:
+            ContractError: the model is closed.
+        """
+        if self._decoder is None:
+            raise ContractError("the model is closed", hint="load it again: Gemma4.load(folder)")
+        return self._decoder
 
     @property
     def context(self) -> int:
@@ -129,89 +166,141 @@ class Gemma4:
         ids = self.tokenizer.encode(text)
         return ids if ids[:1] == [self.tokenizer.bos_id] else [self.tokenizer.bos_id, *ids]
 
-    def generate_ids(self, ids: Sequence[int], *, max_new_tokens: int = 256, temperature: float = 0) -> list[int]:
-        """The most likely continuation of ``ids``, the stop id included.
-
-        Raises:
-            ConfigError: any temperature but 0: this version decodes greedily.
-            ContractError: an empty prompt, or one longer than the context.
-        """
-        _only_greedy(temperature)
-        return list(self._stream_ids(ids, max_new_tokens))
-
     def generate(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0,
-        enable_thinking: bool = False,
-        **variables: Any,
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
     ) -> Reply:
-        """Answer a conversation."""
-        _only_greedy(temperature)
-        prompt = self.encode(messages, tools, enable_thinking=enable_thinking, **variables)
-        return self.reply(prompt, list(self._stream_ids(prompt, max_new_tokens)))
+        """Answer a conversation; arguments as in ``stream``."""
+        return self.stream(messages, tools, **options).wait()
+
+    def generate_ids(self, ids: Sequence[int], **options: Any) -> list[int]:
+        """The continuation of ``ids``, the stop id included; options as in ``stream_ids``."""
+        return self.stream_ids(ids, **options).wait().ids
 
     def stream(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0,
         enable_thinking: bool = False,
-        **variables: Any,
-    ) -> Iterator[str]:
-        """Answer a conversation piece by piece; a piece never holds half a character."""
-        _only_greedy(temperature)
-        prompt = self.encode(messages, tools, enable_thinking=enable_thinking, **variables)
-        return self.stream_text(prompt, max_new_tokens=max_new_tokens)
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Answer a conversation piece by piece.
 
-    def stream_text(self, ids: Sequence[int], *, max_new_tokens: int = 256) -> Iterator[str]:
-        """The continuation of ``ids`` as text, piece by piece."""
-        # Checked here, at the call, and not when the first piece is asked for.
-        return self._stream_pieces(self._stream_ids(ids, max_new_tokens))
+        Args:
+            messages: mappings with ``role`` and ``content``; ``Reply.message`` makes the answer's.
+            tools: JSON schemas, ``{"type": "function", "function": {...}}``.
+            enable_thinking: ask for a thought before the answer.
+            template_variables: further variables of the checkpoint's template, such as ``preserve_thinking``.
+            options: as in ``stream_ids``.
+        Raises:
+            ConfigError, ContractError: as in ``encode`` and ``stream_ids``.
+        """
+        variables = template_variables or {}
+        return self.stream_ids(self.encode(messages, tools, enable_thinking=enable_thinking, **variables), **options)
 
-    def _stream_pieces(self, ids: Iterator[int]) -> Iterator[str]:
-        text = TextStream(self.tokenizer)
-        for token in ids:
-            if piece := text.push(token):
-                yield piece
-        if piece := text.flush():
-            yield piece
+    def stream_ids(
+        self,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        stop: Sequence[str] = (),
+        thinking_budget: int | None = None,
+        logprobs: int | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """Continue ``ids`` piece by piece.
 
-    def reply(self, prompt: Sequence[int], ids: list[int]) -> Reply:
-        """What a generation from ``prompt`` that produced ``ids`` says."""
-        return Reply(
-            text=self.tokenizer.decode(ids),
-            ids=ids,
-            finish_reason="stop" if ids and ids[-1] in self.stop_ids else "length",
-            num_prompt_tokens=len(prompt),
-        )
-
-    def _stream_ids(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        Args:
+            ids: [T] token ids of the prompt.
+            max_new_tokens: longest answer, thoughts included; the end of the context ends it as well.
+            stop: strings that end the answer where its text (no thought) first holds one; they are left out.
+            thinking_budget: a thought is closed after this many tokens; None: when the model closes it.
+            logprobs: log probabilities of each token and of so many of the likeliest, before any sampling option.
+            sampling: options of ``Sampling`` by name, such as ``temperature=0``; others are the checkpoint's.
+        Raises:
+            ConfigError: an option of an unknown name, out of range, or in contradiction to another.
+            ContractError: an empty prompt, or one longer than the context.
+        """
+        _check_count("max_new_tokens", max_new_tokens, f"leave it out for {DEFAULT_MAX_NEW_TOKENS}")
+        if thinking_budget is not None:
+            _check_count("thinking_budget", thinking_budget, "leave it out, or ask for no thought")
+        decoder, options, ids = self.decoder, self.sampling.replace(**sampling), list(ids)
+        if not ids:
             raise ContractError(
-                f"max_new_tokens: expected an integer of at least 1, found {max_new_tokens}",
-                hint="leave it out for 256",
+                "the prompt has no tokens", hint="model.encode(messages) or model.encode_raw(text) makes some"
             )
         if len(ids) >= self.context:
             raise ContractError(
                 f"the prompt has {len(ids)} tokens, the context {self.context}, and the answer needs one at least",
                 hint="shorten the prompt, or build with a larger --context",
             )
-        cache = self.new_cache()
-        _log.debug("prompt of %d tokens, KV cache of %d bytes", len(ids), cache.num_bytes)
-        return generate_ids(
-            self.decoder,
-            ids,
-            cache,
-            pick=pick_greedily(self.suppressed_ids),
-            max_new_tokens=max_new_tokens,
-            stop_ids=self.stop_ids,
-        )
+        vocab_size = decoder.manifest.model.vocab_size
+        sampler = Sampler(options, prompt_ids=ids, vocab_size=vocab_size, num_logprobs=logprobs)
+        parser = ReplyParser(ids, self.tokenizer, stop=stop)
+        cache = self._cache_for(ids)
+        pick = sampler.pick if thinking_budget is None else self._limited(parser, sampler, thinking_budget)
+
+        def tokens(is_cancelled: Callable[[], bool]) -> Generator[int]:
+            return self._run(ids, cache, parser, pick, max_new_tokens, is_cancelled)
+
+        return Stream(tokens, parser, sampler, stop_ids=self.stop_ids, num_cached_tokens=cache.length)
+
+    def _run(
+        self,
+        ids: list[int],
+        cache: KVCache,
+        parser: ReplyParser,
+        pick: Pick,
+        max_new_tokens: int,
+        is_cancelled: Callable[[], bool],
+    ) -> Generator[int]:
+        """New ids; whatever ends it, the cache is kept for the request that goes on from here."""
+        _log.debug("prompt of %d tokens, %d of them cached", len(ids), cache.length)
+        try:
+            yield from generate_ids(
+                self.decoder,
+                ids,
+                cache,
+                pick=pick,
+                max_new_tokens=max_new_tokens,
+                stop_ids=self.stop_ids,
+                is_cancelled=is_cancelled,
+            )
+        finally:
+            if self._decoder is not None:
+                self._kept = ([*ids, *parser.ids][: cache.length], cache)
+
+    def _cache_for(self, ids: list[int]) -> KVCache:
+        """The kept cache, rolled back to what it shares with ``ids``, or a new one.
+
+        A stream takes the cache away and brings it back, so two streams at a time never write into one.
+        """
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            known, cache = kept
+            # The last token of the prompt is always computed: its logits give the first token of the answer.
+            most = min(len(known), len(ids) - 1)
+            shared = next((at for at in range(most) if known[at] != ids[at]), most)
+            if shared and cache.rollback(shared):
+                return cache
+            del known, cache, kept  # freed before the new one is allocated
+        return self.new_cache()
+
+    def _limited(self, parser: ReplyParser, sampler: Sampler, budget: int) -> Pick:
+        """Picks as ``sampler`` does, and closes a thought of ``budget`` tokens."""
+        close = self.tokenizer.control.get("<channel|>")
+        if close is None:
+            raise ConfigError(
+                "thinking_budget: the tokenizer has no <channel|> to close a thought with", hint="leave it out"
+            )
+
+        def pick(logits: Float32) -> int:
+            if parser.is_in_thought and parser.num_thought_tokens >= budget:
+                return sampler.record(logits, close)
+            return sampler.pick(logits)
+
+        return pick
 
 
 def _refuse_media(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -227,8 +316,11 @@ def _refuse_media(messages: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def _only_greedy(temperature: float) -> None:
-    if temperature != 0:
-        raise ConfigError(
-            f"temperature {temperature}: this version decodes greedily, only 0 is known", hint="leave temperature out"
-        )
+def _check_count(name: str, value: Any, hint: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ConfigError(f"{name}: expected an integer of at least 1, found {value!r}", hint=hint)
+
+
+def _check_threads(num_threads: Any) -> None:
+    if num_threads is not None:
+        _check_count("num_threads", num_threads, "leave it out for one a core")

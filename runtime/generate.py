@@ -1,26 +1,14 @@
-"""Greedy decoding of one sequence: prefill once, then one token at a time until something stops it."""
+"""Decoding of one sequence: prefill once, then one token at a time until something stops it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-
-import numpy as np
+from collections.abc import Callable, Collection, Generator, Sequence
 
 from gemma4_export.runtime.decoder import Decoder, Float32
 from gemma4_export.runtime.kv_cache import KVCache
 
 Pick = Callable[[Float32], int]
 """Logits [V] -> the id to go on with."""
-
-
-def prefill(decoder: Decoder, ids: Sequence[int], cache: KVCache, pick: Pick) -> int:
-    """Run the prompt and pick the first token of the answer."""
-    return pick(decoder.forward(ids, cache, rows=[len(ids) - 1])[0])
-
-
-def decode_one_token(decoder: Decoder, token: int, cache: KVCache, pick: Pick) -> int:
-    """Run the newest token and pick the next."""
-    return pick(decoder.forward([token], cache)[0])
 
 
 def generate_ids(
@@ -31,27 +19,25 @@ def generate_ids(
     pick: Pick,
     max_new_tokens: int,
     stop_ids: Collection[int],
-) -> Iterator[int]:
-    """Yield new ids until a stop id (yielded too), ``max_new_tokens``, or the end of the context."""
-    if max_new_tokens < 1:
-        return
-    token = prefill(decoder, ids, cache, pick)
-    yield token
-    for _ in range(max_new_tokens - 1):
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> Generator[int]:
+    """Yield new ids until a stop id (yielded too), ``max_new_tokens``, the end of the context, or a cancel.
+
+    ``cache`` holds the first ``cache.length`` of ``ids`` already, fewer than all. A cancel is seen between two chunks
+    of the prompt and between two tokens.
+    """
+    chunk = decoder.manifest.chunk
+    while len(ids) - cache.length > chunk:
+        if is_cancelled():
+            return
+        decoder.forward(ids[cache.length : cache.length + chunk], cache, rows=[])
+    rest = ids[cache.length :]
+    rows = [len(rest) - 1]
+    for _ in range(max_new_tokens):
+        if is_cancelled():
+            return
+        token = pick(decoder.forward(rest, cache, rows=rows)[0])
+        yield token
         if token in stop_ids or cache.length >= cache.context:
             return
-        token = decode_one_token(decoder, token, cache, pick)
-        yield token
-
-
-def pick_greedily(suppressed_ids: Sequence[int]) -> Pick:
-    """The most likely id that the checkpoint's generation_config does not forbid."""
-    forbidden = np.asarray(suppressed_ids, np.int64)
-
-    def pick(logits: Float32) -> int:
-        if len(forbidden):
-            logits = logits.copy()
-            logits[forbidden] = -np.inf
-        return int(logits.argmax())
-
-    return pick
+        rest, rows = [token], [0]

@@ -86,6 +86,19 @@ class KVCache:
         """Count tokens that a call has written."""
         self.length += num_tokens
 
+    def rollback(self, length: int) -> bool:
+        """Forget all but the first ``length`` tokens; False, and nothing changes, where that cannot be exact.
+
+        Later entries stay in their slots, where no query sees them before they are written again. What a compaction has
+        pushed out of a sliding buffer cannot come back: position ``length`` must still see the W - 1 before it.
+        """
+        window = self.layout.sliding_window
+        first_seen = 0 if window is None else max(0, length - (window - 1))
+        if not 0 <= length <= self.length or (window is not None and self.base > first_seen):
+            return False
+        self.length = length
+        return True
+
     def _allocate(self, entry: CacheEntry) -> tuple[Float32, Float32]:
         slots = self.layout.sliding_slots if entry.kind == "sliding" else self._global_slots
         shape = (1, entry.num_kv_heads, slots, entry.head_dim)

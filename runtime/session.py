@@ -24,8 +24,8 @@ class Session(Protocol):
         ...
 
 
-def open_session(artifact: Artifact) -> Session:
-    """Load the decoder of ``artifact`` with the backend it was packed for.
+def open_session(artifact: Artifact, *, num_threads: int | None = None) -> Session:
+    """Load the decoder of ``artifact`` with the backend it was packed for; ``num_threads`` None: a thread a core.
 
     Raises:
         ArtifactError: this version has no such backend, the backend's library is missing, or the manifest describes
@@ -39,7 +39,7 @@ def open_session(artifact: Artifact) -> Session:
         )
     from gemma4_export.runtime.session_ort import OrtSession
 
-    session = OrtSession(artifact.path(graph.file))
+    session = OrtSession(artifact.path(graph.file), num_threads=num_threads)
     _check_inputs(session.input_shapes, artifact.manifest)
     return session
 

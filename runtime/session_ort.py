@@ -21,7 +21,7 @@ _ERRORS_ONLY = 3
 class OrtSession:
     """One graph on onnxruntime's CPU provider."""
 
-    def __init__(self, path: Path, *, log_severity: int = _ERRORS_ONLY) -> None:
+    def __init__(self, path: Path, *, num_threads: int | None = None, log_severity: int = _ERRORS_ONLY) -> None:
         """Load ``path``; its external data is mapped and packed by onnxruntime.
 
         Raises:
@@ -35,6 +35,8 @@ class OrtSession:
             ) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = log_severity
+        if num_threads is not None:
+            options.intra_op_num_threads = num_threads
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes have no common base below Exception

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.runtime.chat_template import ChatTemplate, Message, read_special_tokens
 
@@ -77,7 +79,7 @@ class Tokenizer:
         Raises:
             ConfigError: an id outside the vocabulary.
         """
-        ids = [self._check_id(index) for index in ids]
+        ids = [self.check_id(index) for index in ids]
         return str(self._backend.decode(ids, skip_special_tokens=not keep_control))
 
     def encode_chat(
@@ -147,8 +149,13 @@ class Tokenizer:
             )
         return ids
 
-    def _check_id(self, index: int) -> int:
-        if not 0 <= index < self.vocab_size:
+    def check_id(self, index: int) -> int:
+        """``index`` as a plain int.
+
+        Raises:
+            ConfigError: no integer, or outside the vocabulary.
+        """
+        if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < self.vocab_size:
             raise ConfigError(
                 f"token id {index}: outside the tokenizer's vocabulary of {self.vocab_size}",
                 hint="the tokenizer and the model come from different checkpoints",
@@ -170,7 +177,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token, often "" and never part of a character."""
-        index = self._tokenizer._check_id(token_id)
+        index = self._tokenizer.check_id(token_id)
         token = self._tokenizer._backend.id_to_token(index)
         # a skipped token does not end a run of bytes: decode, too, drops it first (None: a gap in the vocabulary)
         if token is None or index in self._skipped:

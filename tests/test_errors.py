@@ -138,6 +138,31 @@ def run(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
             "leave --chunk out for 256 tokens",
         ),
         (
+            "gemma4-run generate artifact",
+            "give one of --prompt and --prompt-file",
+            'gemma4-run generate ARTIFACT --prompt "Hello"',
+        ),
+        (
+            "gemma4-run generate artifact --prompt hello --prompt-file -",
+            "give one of --prompt and --prompt-file",
+            'gemma4-run generate ARTIFACT --prompt "Hello"',
+        ),
+        (
+            "gemma4-run generate artifact --prompt-file nowhere.txt",
+            "nowhere.txt: no such file",
+            "--prompt-file - reads standard input",
+        ),
+        (
+            "gemma4-run generate artifact --prompt hello --temperature 0 --top-k 5",
+            "temperature 0 picks the most likely token, top_k 5 would change nothing",
+            "leave top_k out, or set a temperature above 0",
+        ),
+        (
+            "gemma4-run generate artifact --prompt hello --temperature nan",
+            "temperature: expected a finite number of at least 0, found nan",
+            "0 picks the most likely token",
+        ),
+        (
             "gemma4-run generate artifact --prompt ''",
             "--prompt is empty",
             'gemma4-run generate ARTIFACT --prompt "Hello"',
@@ -177,9 +202,8 @@ def test_target_whose_backends_do_not_exist_yet_is_misuse(run: Run, target: str)
         ("gemma4-export bild", "bild"),
         ("gemma4-export build --checkpoint checkpoint --target cpu --chunk many", "--chunk"),
         ("gemma4-export inspect", "artifact"),
-        ("gemma4-run generate artifact", "--prompt"),
         ("gemma4-run generate artifact --prompt hello --max-new-tokens 0", "--max-new-tokens"),
-        ("gemma4-run generate artifact --prompt hello --temperature 1", "--temperature"),
+        ("gemma4-run generate artifact --prompt hello --temperature warm", "--temperature"),
     ],
 )
 def test_usage_error_names_the_argument(run: Run, line: str, named: str) -> None:

@@ -246,7 +246,7 @@ class Unbound:
 runtime = Gemma4.load(sys.argv[1])
 path = runtime.artifact.path("graphs/decoder.onnx")
 runtime.decoder._session = Unbound(path) if sys.argv[2] == "unbound" else OrtSession(path, log_severity=2)
-print(len(runtime.generate_ids(list(range(200, 220)), max_new_tokens=12)))
+print(len(runtime.generate_ids(list(range(200, 220)), max_new_tokens=12, temperature=0)))
 """
 
 
