@@ -18,6 +18,8 @@ from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.configs.manifest import FileEntry
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.names import (
+    EMBED_TOKENS,
+    LM_HEAD,
     NOT_PACKED_PREFIXES,
     TEXT_PREFIXES,
     TensorSpec,
@@ -40,6 +42,7 @@ FLOATS: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _ITEM_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_COMPARED_BYTES = 16 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -148,6 +151,29 @@ class Checkpoint:
             if stored_name in unread:
                 check_shape(stored_name, shape, self.stored[stored_name].shape)
                 unread.remove(stored_name)
+        if LM_HEAD in unread:
+            # Quantisers store the tied head a second time (jundot/omlx #1775, on google/gemma-4-31B-it-qat-w4a16-ct).
+            self._check_head(self._text_prefix() + EMBED_TOKENS)
+            unread.remove(LM_HEAD)
+
+    def _check_head(self, table_name: str) -> None:
+        """Refuse a head of its own. Reads both tensors; equal ones cost a few seconds on the largest model."""
+        head, table = self.stored[LM_HEAD], self.stored[table_name]
+        is_equal = (head.dtype, head.shape, head.num_bytes) == (table.dtype, table.shape, table.num_bytes)
+        is_equal = is_equal and head.dtype in FLOATS  # codes with scales of their own are not compared
+        for start in range(0, head.num_bytes if is_equal else 0, _COMPARED_BYTES):
+            size = min(_COMPARED_BYTES, head.num_bytes - start)
+            mine, theirs = np.empty(size, np.uint8), np.empty(size, np.uint8)
+            self._files.read(head.path, head.start + start, mine, LM_HEAD)
+            self._files.read(table.path, table.start + start, theirs, table_name)
+            if not np.array_equal(mine, theirs):
+                is_equal = False
+                break
+        if not is_equal:
+            raise CheckpointError(
+                f"{LM_HEAD}: differs from {table_name}; this version computes the head from the token table",
+                hint="use a checkpoint with tied embeddings, as the released ones are",
+            )
 
     def _match(self) -> None:
         prefix = self._text_prefix()

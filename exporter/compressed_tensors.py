@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma4_export.configs.errors import CheckpointError, ConfigError
 from gemma4_export.configs.formats import WeightFormat
-from gemma4_export.configs.names import EMBED_TOKENS, LM_HEAD, NOT_PACKED_PREFIXES, check_shape
+from gemma4_export.configs.names import NOT_PACKED_PREFIXES, check_shape
 from gemma4_export.exporter.checkpoint import FLOATS, Checkpoint, StoredTensor, read_all_headers, read_config
 from gemma4_export.exporter.quantize import QuantizedRows, check_scales, dequantize
 
@@ -29,7 +29,6 @@ _FORMAT = WeightFormat("int4", GROUP)
 _PACKED, _SCALE, _SHAPE = "_packed", "_scale", "_shape"
 # What other schemes store beside the codes. A weight is more than code times scale then.
 _OTHER_PARTS = ("_zero_point", "_g_idx", "_global_scale")
-_COMPARED_BYTES = 16 << 20
 
 
 def quantization_of(config: Mapping[str, Any]) -> Any:
@@ -199,32 +198,6 @@ class CompressedTensorsCheckpoint(Checkpoint):
             check_shape(stored_name, shape, self.stored[stored_name].shape)
         else:
             super()._check_stored(stored_name, shape)
-
-    def _read_by_nobody(self, unread: set[str]) -> None:
-        super()._read_by_nobody(unread)
-        if LM_HEAD in unread:
-            # Quantisers store the tied head a second time (jundot/omlx #1775, on google/gemma-4-31B-it-qat-w4a16-ct).
-            self._check_head(self._text_prefix() + EMBED_TOKENS)
-            unread.remove(LM_HEAD)
-
-    def _check_head(self, table_name: str) -> None:
-        """Refuse a head of its own. Reads both tensors; equal ones cost a few seconds on the largest model."""
-        head, table = self.stored[LM_HEAD], self.stored[table_name]
-        is_equal = (head.dtype, head.shape, head.num_bytes) == (table.dtype, table.shape, table.num_bytes)
-        is_equal = is_equal and LM_HEAD not in self._scales and table_name not in self._scales
-        for start in range(0, head.num_bytes if is_equal else 0, _COMPARED_BYTES):
-            size = min(_COMPARED_BYTES, head.num_bytes - start)
-            mine, theirs = np.empty(size, np.uint8), np.empty(size, np.uint8)
-            self._files.read(head.path, head.start + start, mine, LM_HEAD)
-            self._files.read(table.path, table.start + start, theirs, table_name)
-            if not np.array_equal(mine, theirs):
-                is_equal = False
-                break
-        if not is_equal:
-            raise CheckpointError(
-                f"{LM_HEAD}: differs from {table_name}; this version computes the head from the token table",
-                hint="use a checkpoint with tied embeddings, as the released ones are",
-            )
 
     def slices(self, name: str, form: WeightFormat, max_bytes: int) -> Iterator[Array | QuantizedRows]:
         """All rows of a decoder weight in order: packed ones as codes and scales, others as they are stored."""

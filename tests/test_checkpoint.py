@@ -283,7 +283,6 @@ def test_misshapen_tensor_is_named_with_both_shapes(
         "model.language_model.layers.5.self_attn.v_proj.weight",  # a global layer of 31B has none
         "model.layers.0.input_layernorm.weight",  # the text-only spelling beside the multimodal one
         "norm.weight",  # no prefix at all: must not stand in for the real one
-        "lm_head.weight",
         "model.visual.blocks.0.weight",
     ],
 )
@@ -567,3 +566,34 @@ def test_drafter_is_refused_before_its_weights_are_looked_at(tmp_path: Path) -> 
     error = refused(tmp_path, ConfigError)
     assert error.cause == f"{tmp_path.name}: a drafter (assistant) has no KV of its own and cannot run alone"
     assert error.hint == "give the checkpoint of its target model to --checkpoint"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A tied head that is stored a second time
+
+
+def with_head(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    def add(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = change(tensors[f"{PREFIX}embed_tokens.weight"].clone())
+
+    return edited(tiny.checkpoint("31b"), folder, add)
+
+
+def test_a_head_equal_to_the_token_table_is_accepted_and_not_read_again(tmp_path: Path) -> None:
+    with Checkpoint(with_head(tmp_path / "tied", lambda table: table)) as checkpoint:
+        assert "lm_head.weight" not in checkpoint.specs
+
+
+def one_bit(table: torch.Tensor) -> torch.Tensor:
+    """The last value's lowest bit flipped."""
+    table.view(torch.int32 if table.element_size() == 4 else torch.int16)[-1, -1] ^= 1
+    return table
+
+
+@pytest.mark.parametrize(
+    "change", [one_bit, lambda table: table[:-1], lambda table: table.to(torch.float64)], ids=["bit", "shape", "dtype"]
+)
+def test_a_head_of_its_own_is_refused(change: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
+    error = refused(with_head(tmp_path / "own", change))
+    assert error.cause.startswith(f"lm_head.weight: differs from {PREFIX}embed_tokens.weight")
+    assert "tied embeddings" in str(error.hint)

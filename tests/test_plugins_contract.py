@@ -146,17 +146,6 @@ def test_changing_any_one_size_is_noticed(data: st.DataObject) -> None:
         contract.check(arrays(), attributes)
 
 
-@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.name)
-def test_plain_data_says_everything(contract: OpContract) -> None:
-    data = contract.as_data()
-    assert (data["domain"], data["version"]) == ("gemma4", 1)
-    assert [tensor["name"] for tensor in data["inputs"]] == list(contract.inputs)
-    for tensor in data["inputs"] + data["outputs"]:
-        line = {**contract.inputs, **contract.outputs}[tensor["name"]]
-        question_mark = "?" if tensor["optional"] else ""
-        assert " ".join([tensor["type"] + question_mark, *tensor["shape"]]) == line
-
-
 def test_only_torch_op_modules_import_more_than_numpy() -> None:
     plugins = Path(__file__).parents[1] / "plugins"
     allowed = {*sys.stdlib_module_names, "numpy", "gemma4_export"}

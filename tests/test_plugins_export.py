@@ -141,9 +141,8 @@ def test_the_registered_schema_is_the_contract(contract: OpContract) -> None:
     translation_table()
     schema = onnx.defs.get_schema(contract.name, contract.version, contract.domain)
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
-    data = contract.as_data()
     assert [(i.name, i.option == optional) for i in schema.inputs] == [
-        (i["name"], i["optional"]) for i in data["inputs"]
+        (name, TensorSpec.parse(line).is_optional) for name, line in contract.inputs.items()
     ]
     assert [o.name for o in schema.outputs] == list(contract.outputs)
     assert {name: a.required for name, a in schema.attributes.items()} == dict.fromkeys(contract.attributes, True)

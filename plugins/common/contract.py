@@ -110,27 +110,6 @@ class OpContract:
         self._check_limits(present, attributes, sizes)
         return sizes
 
-    def as_data(self) -> dict[str, Any]:
-        """The contract as plain data: what an ONNX schema, a manifest or a C++ header generator needs."""
-
-        def tensors(lines: Mapping[str, str]) -> list[dict[str, Any]]:
-            specs = {name: TensorSpec.parse(line) for name, line in lines.items()}
-            return [
-                {"name": name, "type": spec.dtype, "shape": list(spec.axes), "optional": spec.is_optional}
-                for name, spec in specs.items()
-            ]
-
-        return {
-            "domain": self.domain,
-            "name": self.name,
-            "version": self.version,
-            "inputs": tensors(self.inputs),
-            "outputs": tensors(self.outputs),
-            "types": {name: list(dtypes) for name, dtypes in self.types.items()},
-            "attributes": {name: kind.__name__ for name, kind in self.attributes.items()},
-            "limits": list(self.limits),
-        }
-
     def __str__(self) -> str:
         return f"{self.domain}::{self.name}"
 
