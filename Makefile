@@ -22,8 +22,10 @@ lint: $(VENV)/.dev  ## ruff and mypy, as `make test` runs them
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 
+# LLAMA=PATH/bin/python, an interpreter with llama-cpp-python, puts llama.cpp beside ours.
+LLAMA ?=
 measure: $(VENV)/.dev  ## figures of docs/measurements: by hand, on a quiet machine
-	$(BIN)/python -m tests.measure
+	$(BIN)/python tests/measure.py $(if $(LLAMA),--llama-python $(LLAMA))
 
 clean:  ## remove environments, caches and built artifacts
 	rm -rf .venv .venv-* gemma4-* build dist .pytest_cache .mypy_cache .ruff_cache

@@ -44,7 +44,7 @@ from gemma4_export.exporter.write import WeightSource, WeightStats, Written, rel
 
 TOKENIZER_FOLDER = "tokenizer"
 DECODER_FILE = f"{GRAPHS_FOLDER}/decoder.onnx"
-GLOBAL_BUCKET = 1024  # slots; onnxruntime's attention reads a linear cache whole, so it starts small and doubles
+GLOBAL_BUCKET = 256  # slots; onnxruntime's attention reads a linear cache whole, so it starts small and doubles
 
 Stage = Literal["download", "trace", "weights", "package"]
 OnProgress = Callable[[Stage, str, int, int], None]

@@ -1,7 +1,8 @@
 """``make measure``: figures that README and docs quote, taken on this machine; run it when nothing else runs.
 
-``python -m tests.measure`` builds full-size E2B with random weights and measures it; ``--model 26b-a4b`` another size.
-Each command is a process of its own, so peak memory is that of the whole build.
+``python tests/measure.py`` builds full-size E2B with random weights and measures it; ``--model 26b-a4b`` another size.
+Each command is a process of its own, so peak memory is that of the whole build. ``measure_llama.py`` puts llama.cpp
+beside it where ``--llama-python`` names an interpreter that has llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+import onnx_ir as ir
+
+from gemma4_export.configs.names import LM_HEAD
+from gemma4_export.exporter.passes.builder import NodeBuilder
+from gemma4_export.runtime import Gemma4
+from gemma4_export.runtime.session_ort import OrtSession
 
 POLL_S = 0.05
 
@@ -65,6 +73,7 @@ def main() -> None:
     parser.add_argument("--model", default="e2b")
     parser.add_argument("--recipe", default="int4")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--llama-python", help="an interpreter that has llama-cpp-python, to be compared with")
     options = parser.parse_args()
     numpy, runtime = import_seconds("numpy"), import_seconds("gemma4_export.runtime")
     print(f"import: numpy {numpy:.3f} s, gemma4_export.runtime {runtime:.3f} s")
@@ -80,32 +89,55 @@ def main() -> None:
         output = subprocess.run([*bench, "--repeats", str(options.repeats)], check=True, capture_output=True, text=True)
         for name, value in json.loads(output.stdout).items():
             print(f"  {name}: {value:.3f}" if isinstance(value, float) else f"  {name}: {value}")
-        sliced = [skip_ratio(artifact) for _ in range(3)] if options.model in ("e2b", "e4b") else []
-        if sliced:
-            ratio = statistics.median(sliced)
-            print(f"  prefill of 2048 tokens, every layer and the head for all rows / for the last one: {ratio:.2f}")
+        if options.model in ("e2b", "e4b"):
+            ratio = statistics.median(skip_ratios(artifact, options.repeats))
+            print(
+                f"  prefill of 2048 tokens, every layer for all rows / KV-shared layers for the last row: {ratio:.2f}"
+            )
     finally:
         shutil.rmtree(folder)
+    if options.llama_python is None:
+        print("llama.cpp: not compared; pip install llama-cpp-python somewhere and give --llama-python PATH/bin/python")
+    else:
+        beside = [sys.executable, str(Path(__file__).with_name("measure_llama.py")), "--model", options.model]
+        subprocess.run([*beside, "--llama-python", options.llama_python], check=True)
 
 
-def skip_ratio(artifact: Path) -> float:
-    """Time of a prefill whose KV-shared layers run for every row, over one that wants the last row's logits only."""
-    code = """
-import sys, time
-from gemma4_export.runtime import Gemma4
-model = Gemma4.load(sys.argv[1])
-ids = [300 + i % 1000 for i in range(2048)]
-def seconds(rows):
-    # Chunk by chunk, so that the logits of all rows are never held together.
+def skip_ratios(artifact: Path, repeats: int) -> list[float]:
+    """Time of a prefill whose KV-shared layers run for every row, over one that runs them for the last row only.
+
+    The head runs for one row in both; the two take turns.
+    """
+    skipping, whole = Gemma4.load(artifact), Gemma4.load(artifact)
+    whole.decoder._session = OrtSession(every_row_graph(artifact.joinpath("graphs", "decoder.onnx")))
+    return [prefill_seconds(whole) / prefill_seconds(skipping) for _ in range(repeats + 1)][1:]  # the first warms up
+
+
+def prefill_seconds(model: Gemma4) -> float:
+    ids = [300 + i % 1000 for i in range(2048)]
     cache, started = model.new_cache(), time.perf_counter()
-    for start in range(0, len(ids), 256):
-        model.forward(ids[start:start + 256], cache=cache, rows=rows)
+    model.forward(ids, cache=cache, rows=[len(ids) - 1])
     return time.perf_counter() - started
-last = seconds([255])
-print(seconds(None) / last)
-"""
-    output = subprocess.run([sys.executable, "-c", code, str(artifact)], check=True, capture_output=True, text=True)
-    return float(output.stdout)
+
+
+def every_row_graph(graph: Path) -> Path:
+    """The same decoder, written beside ``graph``, that takes ``output_rows`` before the head, not before KV sharing.
+
+    It reads the same weight files and gives the same logits.
+    """
+    model = ir.load(graph)
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    head = next(node for node in model.graph if any(str(v and v.name).startswith(LM_HEAD) for v in node.inputs))
+    every, wanted = NodeBuilder(), NodeBuilder()
+    length = every("Squeeze", every("Shape", inputs["inputs_embeds"], start=1, end=2), every.ints(0))
+    rows = every("Range", every.scalar(0, ir.DataType.INT64), length, every.scalar(1, ir.DataType.INT64))
+    ir.convenience.replace_all_uses_with(inputs["output_rows"], rows)
+    head.replace_input_with(0, wanted("Gather", head.inputs[0], inputs["output_rows"], axis=0))
+    wanted.insert_before(head)
+    every.insert_before(next(iter(model.graph)))
+    path = graph.with_name("every_row.onnx")
+    ir.save(model, path)
+    return path
 
 
 if __name__ == "__main__":
