@@ -9,6 +9,7 @@ import typer
 from gemma4_export import __version__
 from gemma4_export.configs.command_line import run
 from gemma4_export.runtime.commands.bench import bench
+from gemma4_export.runtime.commands.chat import chat
 from gemma4_export.runtime.commands.generate import generate
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(chat)
 app.command()(generate)
 app.command()(bench)
 
