@@ -20,7 +20,7 @@ from gemma4_export.runtime import Gemma4
 from gemma4_export.runtime.chat_session import ChatSession, Dropped
 from gemma4_export.runtime.commands.chat import chat
 from gemma4_export.runtime.commands.chat_terminal import ChatTerminal, read_message
-from gemma4_export.runtime.reply import TextPiece, ThoughtPiece
+from gemma4_export.runtime.reply import Finished, ReplyParser, TextPiece, ThoughtPiece
 
 DEMO = Path(__file__).parent.parent / "demo"
 CONTEXT = 1200
@@ -227,6 +227,23 @@ def test_a_pipe_ends_at_the_first_error(
     done = piped(folder, text, *options)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith(message)
+
+
+def test_a_malformed_call_is_shown_as_text_with_its_reason(
+    model: Gemma4, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = ChatSession(model)
+    ids = session.model.tokenizer.encode("<|tool_call>call:get_price{item<tool_call|><|tool_response>")
+    parser = ReplyParser([], model.tokenizer)
+    events = [event for index in ids for event in parser.push(index)] + parser.finish()
+    reply = parser.reply("stop")
+    assert reply.malformed_calls
+    monkeypatch.setattr(session, "say", lambda text: iter([*events, Finished(reply=reply, num_new_tokens=9, ms=1.0)]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What does a bicycle cost?\n"))
+    ChatTerminal(session, hide_thoughts=False).run()
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"[no call, {reply.malformed_calls[0].reason}: call:get_price{{item]" in shown.err
 
 
 # Called here and not as a process, so that their messages count as triggered.

@@ -13,7 +13,15 @@ from typing import TextIO
 
 from gemma4_export.configs.errors import ConfigError, Gemma4Error, nearest
 from gemma4_export.runtime.chat_session import ChatSession, Dropped
-from gemma4_export.runtime.reply import Event, Finished, Reply, TextPiece, ThoughtPiece, ToolCallPiece
+from gemma4_export.runtime.reply import (
+    Event,
+    Finished,
+    MalformedCallPiece,
+    Reply,
+    TextPiece,
+    ThoughtPiece,
+    ToolCallPiece,
+)
 from gemma4_export.runtime.tool_syntax import ToolCall
 
 _BLOCK = '"""'
@@ -134,6 +142,9 @@ class ChatTerminal:
             case ToolCallPiece(call=call):
                 self._begin("")
                 self._say(call_text(call))
+            case MalformedCallPiece(call=malformed):
+                self._begin("")
+                self._say(f"[no call, {malformed.reason}: {malformed.text}]")
             case Finished(reply=reply):
                 self._begin("")
                 for remark in ending_texts(reply, self._session.model.context):
