@@ -243,7 +243,8 @@ def test_a_malformed_call_is_shown_as_text_with_its_reason(
     ChatTerminal(session, hide_thoughts=False).run()
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert f"[no call, {reply.malformed_calls[0].reason}: call:get_price{{item]" in shown.err
+    reason = reply.malformed_calls[0].reason
+    assert shown.err == f"[call:get_price{{item]\n[a tool call could not be read: {reason}]\n"
 
 
 # Called here and not as a process, so that their messages count as triggered.

@@ -144,7 +144,7 @@ class ChatTerminal:
                 self._say(call_text(call))
             case MalformedCallPiece(call=malformed):
                 self._begin("")
-                self._say(f"[no call, {malformed.reason}: {malformed.text}]")
+                self._say(f"[{malformed.text}]")  # why it is no call is among the reply's problems
             case Finished(reply=reply):
                 self._begin("")
                 for remark in ending_texts(reply, self._session.model.context):
