@@ -340,8 +340,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder: Path) -> None:
     child.expect_exact("you> ")
     assert "turns: 0," in answer(child, "/stats")
     child.send("half a line")
-    child.sendintr()
-    child.expect_exact("nothing to stop; Ctrl-D or /exit leaves")
+    child.expect_exact("half a line")
+    # A signal that comes while readline handles a key is seen with the next one.
+    for _ in range(20):
+        child.sendintr()
+        if child.expect_exact(["nothing to stop; Ctrl-D or /exit leaves", pexpect.TIMEOUT], timeout=3) == 0:
+            break
     child.expect_exact("you> ")
     assert answer(child, SUM).rstrip().endswith(ANSWER)
     child.sendline("/exit")
