@@ -63,6 +63,8 @@ class Decoder:
                 f"{cache.length} + {len(tokens)} tokens do not fit the context of {cache.context}",
                 hint="shorten the prompt, or build with a larger --context",
             )
+        if len(tokens) <= chunk and len(wanted):
+            return self._call(tokens, cache, wanted)
         logits = np.empty((len(wanted), self.manifest.model.vocab_size), np.float32)
         for start, part in self._chunks(tokens, chunk):
             here = np.flatnonzero((wanted >= start) & (wanted < start + len(part)))

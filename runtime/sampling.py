@@ -31,6 +31,8 @@ Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
 MAX_LOGPROBS = 64
 _BLOCK = 512
+_FIRST_GUESS = 256
+"""Tokens that nearly always hold what top-p or min-p keep."""
 _MAX_SEED = 2**64 - 1
 _FILTERS = ("top_k", "top_p", "min_p")
 
@@ -195,34 +197,43 @@ class Sampler:
 
 
 def candidates(scores: Float32, sampling: Sampling) -> tuple[Int64, Float64]:
-    """The tokens to choose among and their probabilities, likeliest first (of equals the lower id).
+    """The tokens to choose among and their probabilities.
 
     Args:
         scores: [V] logits, penalties applied; -inf where a token must not be picked.
     Returns:
-        ids [N] int64; probabilities [N] float64, summing to 1.
+        ids [N] int64, likeliest first (of equals the lower id) unless all are taken; probabilities [N] float64, sum 1.
     Raises:
         ContractError: no score is a number above -inf.
     """
-    best = scores[_most_likely(scores)]
-    lowest = _lowest_by_min_p(float(best), sampling)
-    if sampling.top_k:
-        ids = largest(scores, min(sampling.top_k, len(scores)))
-    elif lowest > -math.inf:
-        ids = np.flatnonzero(scores >= np.float32(lowest))
-    else:
+    best = float(scores[_most_likely(scores)])
+
+    def weights(ids: Int64) -> Float64:
+        return np.exp((scores[ids].astype(np.float64) - best) / sampling.temperature)
+
+    if not sampling.top_k and sampling.top_p == 1 and sampling.min_p == 0:
         ids = np.flatnonzero(scores > -np.inf)
-    ids = ids[np.lexsort((ids, -scores[ids]))]
-    probabilities = np.exp((scores[ids].astype(np.float64) - float(best)) / sampling.temperature)
-    # Top-p counts what top-k left, min-p only cuts the tail: the order of the two decides the sum that top-p measures.
-    total = probabilities.sum() if sampling.top_k else _sum_of_all(scores, float(best), sampling.temperature)
+        found = weights(ids)
+        return ids, found / found.sum()
+    total = math.inf if sampling.top_k else _sum_of_all(scores, best, sampling.temperature)
+    # Without top-k, as many as the other two can need, found by taking more until it is enough.
+    count = sampling.top_k or _FIRST_GUESS
+    while True:
+        ids = largest(scores, min(count, len(scores)))
+        ids = ids[np.lexsort((ids, -scores[ids]))]
+        found = weights(ids)
+        reaches_top_p = sampling.top_p < 1 and found.sum() >= sampling.top_p * total
+        if sampling.top_k or reaches_top_p or found[-1] < sampling.min_p or count >= len(scores):
+            break
+        count *= 8
     if sampling.top_p < 1:
-        before = np.cumsum(probabilities) - probabilities
-        kept = max(1, int(np.count_nonzero(before < sampling.top_p * total)))
-        ids, probabilities = ids[:kept], probabilities[:kept]
-    kept = max(1, int(np.count_nonzero(probabilities >= sampling.min_p)))
-    ids, probabilities = ids[:kept], probabilities[:kept]
-    return ids, probabilities / probabilities.sum()
+        # Top-p measures what top-k left, all of it where there is no top-k.
+        before = np.cumsum(found) - found
+        enough = sampling.top_p * (found.sum() if sampling.top_k else total)
+        kept = max(1, int(np.count_nonzero(before < enough)))
+        ids, found = ids[:kept], found[:kept]
+    kept = max(1, int(np.count_nonzero(found >= sampling.min_p)))
+    return ids[:kept], found[:kept] / found[:kept].sum()
 
 
 def largest(scores: Float32, count: int) -> Int64:
@@ -265,14 +276,6 @@ def _most_likely(scores: Float32) -> int:
             hint="gemma4-export inspect ARTIFACT --check finds damaged weights",
         )
     return at
-
-
-def _lowest_by_min_p(best: float, sampling: Sampling) -> float:
-    """The lowest score that min-p keeps, rounded down: the exact cut comes later, on probabilities."""
-    if sampling.min_p == 0:
-        return -math.inf
-    lowest = best + sampling.temperature * math.log(sampling.min_p)
-    return lowest - 1e-5 * (1 + abs(lowest))
 
 
 def _sum_of_all(scores: Float32, best: float, temperature: float) -> float:
