@@ -232,6 +232,16 @@ MUTANTS = (
         since="lower",
     ),
     Mutant(
+        name="experts' rows left in the order of the experts",
+        patch=line(
+            lower_moe.LowerMoE,
+            "call",
+            ('op("Gather", outputs, place, axis=0)', 'op("Gather", outputs, order, axis=0)'),
+        ),
+        structures=MOE,
+        since="lower",
+    ),
+    Mutant(
         name="layer_scalar dropped",
         patch=line(text.DecoderLayer, "forward", ("hidden_states * self.layer_scalar, cache", "hidden_states, cache")),
         since="trace",

@@ -30,34 +30,43 @@ class LowerMoE(ir.passes.InPlacePass):
             rows = op("Reshape", hidden_states, op.ints(-1, hidden_size))
             experts, weights = _route(op, input_of(node, 1), input_of(node, 2), top_k)
             choices = op("Reshape", experts, op.ints(-1))  # [rows * top_k], the choices of one row side by side
-            places, outputs = [], []
-            for expert in range(num_experts):
-                up_weight = _expert_initializer(model, gate_up, expert, (2 * width, hidden_size))
-                down_weight = _expert_initializer(model, down, expert, (hidden_size, width))
-                is_mine = op("Equal", choices, op.scalar(expert, ir.DataType.INT64))
-                place = op("Squeeze", op("NonZero", is_mine), op.ints(0))
-                mine = op("Gather", rows, op("Div", place, op.scalar(top_k, ir.DataType.INT64)), axis=0)
-                gate, up = op.several("Split", 2, self.matmul(op, model, mine, up_weight), num_outputs=2, axis=1)
-                gated = op("Mul", op("Gelu", gate, approximate="tanh"), up)
-                outputs.append(self.matmul(op, model, gated, down_weight))
-                places.append(place)
-            # Every place is written once. Adding into rows instead (ScatterND with a reduction) loses updates:
-            # onnxruntime's CPU kernel adds from several threads at once.
-            scattered = op(
-                "ScatterND",
-                op(
-                    "Expand",
-                    op.scalar(0.0, ir.DataType.FLOAT),
-                    op("Concat", op("Shape", choices), op.ints(hidden_size), axis=0),
-                ),
-                op("Unsqueeze", op("Concat", *places, axis=0), op.ints(-1)),
-                op("Concat", *outputs, axis=0),
-            )
-            by_row = op("Reshape", scattered, op.ints(-1, top_k, hidden_size))
+            # A node costs microseconds, and there are X experts in each layer: sort once and split, so that an expert
+            # is its two products and nothing else.
+            _, order = op.several("TopK", 2, choices, op("Shape", choices), largest=0)
+            counts = _count(op, choices, num_experts)
+            mine = op("Gather", rows, op("Div", order, op.scalar(top_k, ir.DataType.INT64)), axis=0)
+            both = self._each_expert(op, model, mine, counts, gate_up, (2 * width, hidden_size))
+            gate, up = op.several("Split", 2, both, num_outputs=2, axis=1)
+            gated = op("Mul", op("Gelu", gate, approximate="tanh"), up)
+            outputs = self._each_expert(op, model, gated, counts, down, (hidden_size, width))
+            _, place = op.several("TopK", 2, order, op("Shape", order), largest=0)  # the inverse of a permutation
+            ordered = op("Gather", outputs, place, axis=0)
+            by_row = op("Reshape", ordered, op.ints(-1, top_k, hidden_size))
             weighted = op("MatMul", op("Reshape", weights, op.ints(-1, 1, top_k)), by_row)  # [rows, 1, E]
             op.replace(node, [op("Reshape", weighted, op("Shape", hidden_states))])
             modified = True
         return ir.passes.PassResult(model, modified)
+
+    def _each_expert(
+        self,
+        op: NodeBuilder,
+        model: ir.Model,
+        rows: ir.Value,
+        counts: ir.Value,
+        fused: ir.Value,
+        shape: tuple[int, int],
+    ) -> ir.Value:
+        """Rows sorted by expert times their expert's slice of ``fused``, in the same order."""
+        parts = op.several("Split", dim(fused, 0), rows, counts, axis=0)
+        weights = (_expert_initializer(model, fused, expert, shape) for expert in range(len(parts)))
+        return op("Concat", *(self.matmul(op, model, *pair) for pair in zip(parts, weights, strict=True)), axis=0)
+
+
+def _count(op: NodeBuilder, choices: ir.Value, num_experts: int) -> ir.Value:
+    """How many of ``choices`` each expert got, [X]."""
+    experts = op("Constant", value=ir.tensor([[expert] for expert in range(num_experts)], dtype=ir.DataType.INT64))
+    is_mine = op("Equal", choices, experts)  # [X, rows * top_k]
+    return op("ReduceSum", op("Cast", is_mine, to=ir.DataType.INT64), op.ints(1), keepdims=0)
 
 
 def _route(op: NodeBuilder, logits: ir.Value, per_expert_scale: ir.Value, top_k: int) -> tuple[ir.Value, ir.Value]:
