@@ -1,6 +1,7 @@
 """``make measure``: figures that README and docs quote, taken on this machine; run it when nothing else runs.
 
 ``python tests/measure.py`` builds full-size E2B with random weights and measures it; ``--model 26b-a4b`` another size.
+``--shards`` builds from a sharded bfloat16 checkpoint written for the purpose, ``--build-only`` runs nothing of it.
 Each command is a process of its own, so peak memory is that of the whole build. ``measure_llama.py`` puts llama.cpp
 beside it where ``--llama-python`` names an interpreter that has llama-cpp-python.
 """
@@ -19,9 +20,13 @@ import time
 from pathlib import Path
 
 import onnx_ir as ir
+from random_checkpoint import released_hub_config, write_random_checkpoint
 
-from gemma4_export.configs.names import LM_HEAD
+from gemma4_export.configs.models import load_model
+from gemma4_export.configs.names import LM_HEAD, decoder_tensors
+from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.exporter.passes.builder import NodeBuilder
+from gemma4_export.exporter.weights import place_weights
 from gemma4_export.runtime import Gemma4
 from gemma4_export.runtime.session_ort import OrtSession
 
@@ -73,6 +78,8 @@ def main() -> None:
     parser.add_argument("--model", default="e2b")
     parser.add_argument("--recipe", default="int4")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shards", action="store_true", help="read the weights from files instead of drawing them")
+    parser.add_argument("--build-only", action="store_true", help="where the artifact does not fit the memory")
     parser.add_argument("--llama-python", help="an interpreter that has llama-cpp-python, to be compared with")
     options = parser.parse_args()
     numpy, runtime = import_seconds("numpy"), import_seconds("gemma4_export.runtime")
@@ -80,11 +87,10 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="gemma4-measure-"))
     try:
         artifact = folder / "artifact"
-        build = ["gemma4_export.exporter", "build", "--weights", "dummy", "--target", "cpu", "--model", options.model]
-        build += ["--recipe", options.recipe, "--out", str(artifact)]
-        seconds, peak = run([sys.executable, "-m", *build])
-        size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
-        print(f"build {options.model} {options.recipe}: {seconds:.0f} s, peak {peak / 1e9:.2f} GB, {size / 1e9:.2f} GB")
+        require_room(folder, options.model, options.recipe, shards=options.shards)
+        build_and_report(folder, artifact, options.model, options.recipe, shards=options.shards)
+        if options.build_only:
+            return
         bench = [sys.executable, "-m", "gemma4_export.runtime", "bench", str(artifact), "--json"]
         output = subprocess.run([*bench, "--repeats", str(options.repeats)], check=True, capture_output=True, text=True)
         for name, value in json.loads(output.stdout).items():
@@ -101,6 +107,37 @@ def main() -> None:
     else:
         beside = [sys.executable, str(Path(__file__).with_name("measure_llama.py")), "--model", options.model]
         subprocess.run([*beside, "--llama-python", options.llama_python], check=True)
+
+
+def require_room(folder: Path, model: str, recipe: str, *, shards: bool) -> None:
+    """End here, with the numbers, where the disk cannot hold what would be written."""
+    config = load_model(model).config
+    placed = place_weights(decoder_tensors(config).values(), load_recipe(recipe), wide_scales=frozenset())
+    needed = sum(weight.placed.code_bytes + weight.placed.scale_bytes for weight in placed.stored)
+    needed += sum(2 * spec.num_elements for spec in decoder_tensors(config).values()) if shards else 0
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise SystemExit(f"skipped: {model} needs {needed / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f} GB free")
+
+
+def build_and_report(folder: Path, artifact: Path, model: str, recipe: str, *, shards: bool) -> None:
+    build = ["build", "--target", "cpu", "--recipe", recipe, "--out", str(artifact)]
+    if shards:
+        checkpoint = folder / "checkpoint"
+        source_bytes = write_random_checkpoint(checkpoint, released_hub_config(model))
+        build += ["--checkpoint", str(checkpoint)]
+    else:
+        source_bytes = sum(2 * spec.num_elements for spec in decoder_tensors(load_model(model).config).values())
+        build += ["--model", model, "--weights", "dummy"]
+    seconds, peak = run([sys.executable, "-m", "gemma4_export.exporter", *build])
+    size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
+    origin = "files" if shards else "random weights"
+    print(
+        f"build {model} {recipe} from {origin}: {seconds:.0f} s, peak {peak / 1e9:.2f} GB, {size / 1e9:.2f} GB; "
+        f"{source_bytes / 1e9:.2f} GB of bfloat16 at {source_bytes / 1e6 / seconds:.0f} MB/s"
+    )
+    if shards:
+        shutil.rmtree(checkpoint)
 
 
 def skip_ratios(artifact: Path, repeats: int) -> list[float]:

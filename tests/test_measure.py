@@ -13,14 +13,36 @@ from artifacts import artifact, expected
 from gguf import GGMLQuantizationType as Type
 from measure import every_row_graph
 from measure_llama import CONTEXT, NEW, PROMPT, recipe_with_block, speeds, summary
+from random_checkpoint import released_hub_config, write_random_checkpoint
 from random_gguf import type_of, write_random_gguf
 
+from gemma4_export.configs.formats import FLOAT32
 from gemma4_export.configs.model import ModelConfig
+from gemma4_export.configs.models import load_model
 from gemma4_export.configs.names import decoder_tensors
 from gemma4_export.configs.recipe import load_recipe
+from gemma4_export.exporter.dummy import DummySource
 from gemma4_export.exporter.source import open_source
 from gemma4_export.runtime import Gemma4
 from gemma4_export.runtime.session_ort import OrtSession
+
+
+@pytest.mark.parametrize("structure", ["e2b", "26b-a4b"])
+def test_random_checkpoint_is_sharded_and_holds_the_dummy_weights(structure, tmp_path):
+    hub = small.hub_config(structure)
+    total = write_random_checkpoint(tmp_path, hub, shard_bytes=100_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    drawn = DummySource(ModelConfig.from_hf(hub))
+    with open_source(tmp_path) as source:
+        assert source.specs == drawn.specs
+        assert total == sum(2 * spec.num_elements for spec in source.specs.values())
+        for spec in source.specs.values():
+            rows = np.concatenate(list(source.slices(spec.name, FLOAT32, 1 << 30)))
+            np.testing.assert_array_equal(rows, drawn.rows(spec.name, FLOAT32, 0, spec.row_shape[0]), spec.name)
+
+
+def test_released_config_is_that_of_the_model():
+    assert ModelConfig.from_hf(released_hub_config("26b-a4b")) == load_model("26b-a4b").config
 
 
 @pytest.mark.parametrize("structure", ["e2b", "26b-a4b"])
