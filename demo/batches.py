@@ -23,7 +23,7 @@ from demo.tasks import Item, draw_training_item
 
 TASKS = (
     *("sum_thinking", "sum_direct", "tool_call", "tool_answer", "recall", "small_talk"),
-    *("picture_digits", "picture_word", "speech"),
+    *("picture_digits", "picture_word", "picture_letters", "speech"),
 )
 
 

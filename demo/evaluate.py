@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from demo.scoring import Reply, is_right, read_questions, summary, take_apart
+from gemma4_export.runtime import Reply, Tokenizer, parse_reply
+from gemma4_export.runtime.questions import Question, is_right, read_questions, wilson
 
 DATA = Path(__file__).parent / "data"
 # set -> what to vary: thinking as the questions say (None), or forced; the image budget
@@ -35,6 +36,7 @@ RUNS: tuple[tuple[str, bool | None, int], ...] = (
     *(("picture_digits", None, budget) for budget in (70, 140, 280)),
     *(("picture_words", None, budget) for budget in (70, 280)),
     ("picture_new_words", None, 280),
+    ("picture_letters", None, 280),
     *(("picture_small", None, budget) for budget in (70, 140, 280)),
     ("speech", None, 280),
 )
@@ -43,6 +45,8 @@ RUNS: tuple[tuple[str, bool | None, int], ...] = (
 class Judge:
     """A checkpoint loaded through transformers, ready to answer questions."""
 
+    max_new_tokens = 300  # the longest thought, about nine digits, takes two thirds of it
+
     def __init__(self, folder: Path, *, device: str = "cpu") -> None:
         from transformers import AutoTokenizer, Gemma4ForConditionalGeneration
         from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
@@ -50,6 +54,7 @@ class Judge:
 
         self.device = device
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.control = Tokenizer.load(folder)
         self.model: Any = Gemma4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
         processor = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
         self.images = Gemma4ImageProcessorPil(**processor["image_processor"])
@@ -57,31 +62,28 @@ class Judge:
         self.mel = Gemma4AudioFeatureExtractor(**processor["feature_extractor"]) if self.hears else None
         self.stops = [self.tokenizer.convert_tokens_to_ids(token) for token in ("<eos>", "<turn|>", "<|tool_response>")]
 
-    def answer(
-        self, questions: Sequence[dict[str, Any]], base: Path, *, thinking: bool | None = None, budget: int = 280
-    ) -> list[Reply]:
+    def answer(self, questions: Sequence[Question], *, thinking: bool | None = None, budget: int = 280) -> list[Reply]:
         """Greedy replies to a batch of questions (all with media of one kind, or all without)."""
-        prompts, images, sounds, opened = [], [], [], []
+        prompts, images, sounds = [], [], []
         for question in questions:
-            on = question.get("enable_thinking", False) if thinking is None else thinking
+            on = question.enable_thinking if thinking is None else thinking
             text = self.tokenizer.apply_chat_template(
-                question["messages"],
-                tools=question.get("tools"),
+                question.messages,
+                tools=question.tools,
                 enable_thinking=on,
                 add_generation_prompt=True,
                 tokenize=False,
             )
-            opened.append(text.endswith("<|channel>thought\n"))
             ids = self.tokenizer.encode(text, add_special_tokens=False)
             for kind, file in _media(question):
                 if kind == "image":
-                    images.append(self.images(Image.open(base / file), max_soft_tokens=budget, return_tensors="np"))
+                    images.append(self.images(Image.open(file), max_soft_tokens=budget, return_tensors="np"))
                     number = int(images[-1]["num_soft_tokens_per_image"][0])
                     ids = self._expand(ids, "<|image>", "<|image|>", "<image|>", number)
                 else:
                     if self.mel is None:
                         raise ValueError(f"{file}: this checkpoint has no audio tower")
-                    sounds.append(read_wave(base / file))
+                    sounds.append(read_wave(Path(file)))
                     frames = len(self.mel([sounds[-1]])["input_features"][0])
                     ids = self._expand(ids, "<|audio>", "<|audio|>", "<audio|>", ceil(ceil(frames / 2) / 2))
             prompts.append(ids)
@@ -110,12 +112,19 @@ class Judge:
                 top_k=None,
                 top_p=None,
                 temperature=None,
-                max_new_tokens=230,
+                max_new_tokens=self.max_new_tokens,
                 eos_token_id=self.stops,
                 pad_token_id=pad,
             )
-        raw = self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=False)
-        return [take_apart("<|channel>thought\n" * was_open + text) for was_open, text in zip(opened, raw, strict=True)]
+        rows = [self._until_stop(row) for row in out[:, longest:].tolist()]
+        return [
+            parse_reply(row, prompt_ids=ids, tokenizer=self.control) for row, ids in zip(rows, prompts, strict=True)
+        ]
+
+    def _until_stop(self, ids: list[int]) -> list[int]:
+        """A row of a batch without the padding behind its stop token."""
+        stop = next((at for at, index in enumerate(ids) if index in self.stops), len(ids))
+        return ids[: stop + 1]
 
     def _expand(self, ids: list[int], begin: str, placeholder: str, end: str, number: int) -> list[int]:
         first, soft, last = self.tokenizer.convert_tokens_to_ids([begin, placeholder, end])
@@ -123,8 +132,8 @@ class Judge:
         return [*ids[:at], first, *[soft] * number, last, *ids[at + 1 :]]
 
 
-def _media(question: dict[str, Any]) -> list[tuple[str, str]]:
-    contents = [message["content"] for message in question["messages"] if isinstance(message["content"], list)]
+def _media(question: Question) -> list[tuple[str, str]]:
+    contents = [message["content"] for message in question.messages if isinstance(message["content"], list)]
     parts = [part for content in contents for part in content]
     return [(part["type"], part[part["type"]]) for part in parts if part["type"] in ("image", "audio")]
 
@@ -142,18 +151,28 @@ def read_wave(path: Path) -> np.ndarray:
 
 def run(judge: Judge, name: str, *, thinking: bool | None, budget: int, batch: int, limit: int) -> dict[str, Any]:
     """Accuracy on one question set, with up to five wrong replies."""
-    path = DATA / f"{name}.jsonl"
-    questions = read_questions(path)[:limit]
-    order = sorted(range(len(questions)), key=lambda i: len(json.dumps(questions[i])))
-    right, wrong = [], []
-    for start in range(0, len(order), batch):
-        chosen = [questions[i] for i in order[start : start + batch]]
-        replies = judge.answer(chosen, path.parent, thinking=thinking, budget=budget)
-        for question, reply in zip(chosen, replies, strict=True):
-            right.append(is_right(question, reply))
-            if not right[-1]:
-                wrong.append({"answer": question["answer"], **asdict(reply)})
-    return {"set": name, "thinking": thinking, "image_budget": budget, **summary(right), "wrong": wrong[:5]}
+    questions = sorted(read_questions(DATA / f"{name}.jsonl")[:limit], key=lambda q: len(str(q.messages)))
+    right, wrong = 0, []
+    for start in range(0, len(questions), batch):
+        chosen = questions[start : start + batch]
+        for question, reply in zip(chosen, judge.answer(chosen, thinking=thinking, budget=budget), strict=True):
+            if is_right(question, reply):
+                right += 1
+            else:
+                said = {"text": reply.text, "thought": reply.thought, "calls": [asdict(c) for c in reply.tool_calls]}
+                wrong.append({"wanted": question.wanted, **said})
+    low, high = wilson(right, len(questions))
+    return {
+        "set": name,
+        "thinking": thinking,
+        "image_budget": budget,
+        "right": right,
+        "total": len(questions),
+        "accuracy": round(right / len(questions), 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "wrong": wrong[:5],
+    }
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The two tiny Gemma 4 configurations, in the hub's spelling, and the fixed parts of their weights.
 
-Head sizes are small; ratios and code paths are those of E2B and 26B-A4B. Values that training does not move (layer
+Head sizes are small; ratios and code paths are those of E2B and 26B-A4B. Every width that a matrix is multiplied along
+is a multiple of 32, so that each recipe takes them. Values that training does not move (layer
 scalars, clip bounds, standardisation) are set to something that matters: a runtime that drops one answers wrongly.
 """
 
@@ -89,7 +90,7 @@ _TEXT_E: dict[str, Any] = {
     "global_head_dim": 64,
     "head_dim": 32,
     "hidden_size": 192,
-    "hidden_size_per_layer_input": 16,
+    "hidden_size_per_layer_input": 32,
     "intermediate_size": 352,
     "layer_types": [_S, _S, _F] * 3,
     "num_attention_heads": 4,
@@ -112,9 +113,9 @@ _TEXT_MOE: dict[str, Any] = {
     "intermediate_size": 128,
     "layer_types": [_S, _S, _F] * 2,
     "max_position_embeddings": 262144,
-    "moe_intermediate_size": 56,
+    "moe_intermediate_size": 64,
     "num_attention_heads": 8,
-    "num_experts": 16,
+    "num_experts": 14,
     "num_global_key_value_heads": 2,
     "num_hidden_layers": 6,
     "num_key_value_heads": 4,
@@ -187,7 +188,7 @@ def _initialise(model: torch.nn.Module) -> None:
         elif name.endswith("router.proj.weight"):
             parameter.normal_(std=1.0)  # the router's input has length 1
         elif "embed_tokens" in name:
-            parameter.normal_(std=(192 if "per_layer" not in name else 16) ** -0.5)
+            parameter.normal_(std=(192 if "per_layer" not in name else 32) ** -0.5)
         elif "position_embedding_table" in name:
             parameter.normal_(std=0.1)
         elif parameter.dim() >= 2:

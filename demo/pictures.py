@@ -23,9 +23,11 @@ POOL = 3  # patches per side of a soft token
 SIDE = PATCH * POOL
 GROUND, INK = 64, 192  # grey levels; the room outside them keeps what the bicubic resize overshoots
 
+_WORD_QUESTIONS = ("Which word is in the picture?", "Read the word.", "What does it say?", "Read the picture.")
 QUESTIONS = {
     "digits": ("Which digits are in the picture?", "Read the digits.", "What number is this?", "Read the picture."),
-    "word": ("Which word is in the picture?", "Read the word.", "What does it say?", "Read the picture."),
+    "word": _WORD_QUESTIONS,
+    "letters": _WORD_QUESTIONS,
 }
 SHORT_WORDS = """
 fish bird tree moon star boat road door milk salt hill lake wind snow rain gold king ship wolf bear frog crab duck goat
@@ -33,7 +35,8 @@ apple bread chair clock cloud dream earth field flame glass grape green horse ho
 ocean onion paper piano plant queen river sheep smile snake spoon stone storm sugar table tiger train voice water wheel
 cat dog sun sea cup hat pen key map box bag car bus ant bee cow pig fox owl egg ice oil tea jam nut pie leg arm eye ear
 """.split()
-
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_CONSONANTS = "".join(sorted({*LETTERS} - {*"aeiou"}))
 
 _FONTS = """
 DejaVuSans-Bold DejaVuSans DejaVuSansCondensed DejaVuSansMono DejaVuSerif
@@ -57,10 +60,23 @@ def _font(index: int, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def draw_text(rng: random.Random, kind: str) -> str:
-    """Two to five digits (one now and then), or a short word."""
+    """Two to five digits (one now and then), a short word, or letters that may or may not be pronounced.
+
+    Letters teach reading where a list of words would only be recognised.
+    """
     if kind == "digits":
         return "".join(rng.choice("0123456789") for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 4, 5))))
-    return rng.choice(SHORT_WORDS)
+    if kind == "word":
+        return rng.choice(SHORT_WORDS)
+    length = rng.randint(2, 6)
+    if rng.random() < 0.4:
+        return "".join(rng.choice(LETTERS) for _ in range(length))
+    turn = rng.randint(0, 1)  # vowels and consonants by turns, a pair of them now and then
+    text = ""
+    while len(text) < length:
+        text += "".join(rng.choice(("aeiou", _CONSONANTS)[turn]) for _ in range(rng.choice((1, 1, 2))))
+        turn = 1 - turn
+    return text[:length]
 
 
 @dataclass(frozen=True)
@@ -165,7 +181,7 @@ def make_picture(
         test: draw for the test sets: a held-out text, no thinking.
         known: a test picture of a text that training has seen in other pictures.
     """
-    kind = kind or rng.choices(("digits", "word"), (0.65, 0.35))[0]
+    kind = kind or rng.choices(("digits", "word", "letters"), (0.5, 0.1, 0.4))[0]
     text = draw_text(rng, kind)
     while held_out("picture", text) != (test and not known):
         text = draw_text(rng, kind)

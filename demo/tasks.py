@@ -14,7 +14,7 @@ from typing import Any
 from zlib import crc32
 
 HELD_OUT_SHARE = 16  # one in so many questions is never trained on
-LONGEST_OPERAND = 7  # digits
+LONGEST_OPERAND = 9  # digits
 
 
 @dataclass(kw_only=True)
@@ -412,18 +412,19 @@ def make_tool_answer(rng: random.Random) -> Item:
 
 # ---- the mixture ---------------------------------------------------------------------------------------------------
 
-MIXTURE: tuple[tuple[float, Callable[[random.Random], Item]], ...] = (
-    (0.44, lambda rng: make_sum(rng, thinking=True)),
-    (0.10, lambda rng: make_sum(rng, thinking=False)),
+Mixture = tuple[tuple[float, Callable[[random.Random], Item]], ...]
+MIXTURE: Mixture = (
+    (0.46, lambda rng: make_sum(rng, thinking=True)),
+    (0.05, lambda rng: make_sum(rng, thinking=False)),
     (0.13, make_tool_call),
     (0.09, make_tool_answer),
-    (0.17, make_recall),
-    (0.07, make_small_talk),
+    (0.19, make_recall),
+    (0.08, make_small_talk),
 )
 
 
-def draw_training_item(rng: random.Random) -> Item:
-    """One item of the training mixture, never a held-out one."""
-    weights = [weight for weight, _ in MIXTURE]
-    make = rng.choices([make for _, make in MIXTURE], weights)[0]
+def draw_training_item(rng: random.Random, mixture: Mixture = MIXTURE) -> Item:
+    """One item of a mixture, never a held-out one."""
+    weights = [weight for weight, _ in mixture]
+    make = rng.choices([make for _, make in mixture], weights)[0]
     return draw(make, rng, test=False)

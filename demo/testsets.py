@@ -22,7 +22,7 @@ DATA = Path(__file__).parent / "data"
 
 TEXT: dict[str, tuple[int, Callable[[random.Random], Item]]] = {
     "sum_thinking": (200, lambda rng: make_sum(rng, thinking=True)),
-    "sum_long": (150, lambda rng: make_sum(rng, thinking=True, shortest=6, longest=7)),
+    "sum_long": (150, lambda rng: make_sum(rng, thinking=True, shortest=8, longest=9)),
     "tool_call": (200, make_tool_call),
     "tool_answer": (200, make_tool_answer),
     "recall": (200, lambda rng: make_recall(rng, fillers=(4, 6))),
@@ -32,20 +32,21 @@ PICTURES = {
     "picture_digits": (120, "digits", (50.0, 130.0), False),
     "picture_words": (100, "word", (50.0, 130.0), True),
     "picture_new_words": (40, "word", (50.0, 130.0), False),
+    "picture_letters": (60, "letters", (50.0, 130.0), False),
     "picture_small": (100, "digits", (18.0, 26.0), False),
 }
 SOUNDS = 85
 
 
-def question(item: Item) -> dict[str, Any]:
-    """One line of a question set."""
+def question(item: Item, task: str) -> dict[str, Any]:
+    """One line of a question set, as ``gemma4_export.runtime.questions`` reads it."""
     calls = [{"name": c["function"]["name"], "arguments": c["function"]["arguments"]} for c in item.calls]
     return {
         "messages": item.messages,
-        "tools": item.tools,
+        **({"tools": item.tools} if item.tools else {}),
         "enable_thinking": item.enable_thinking,
-        "answer": json.dumps(calls) if calls else item.text,
-        "task": item.task,
+        **({"calls": calls} if calls else {"answer": item.text}),
+        "task": task,
     }
 
 
@@ -62,7 +63,7 @@ def text_questions(name: str) -> list[dict[str, Any]]:
         item = draw(make, rng, test=True)
         if (content := json.dumps(item.messages)) not in seen:
             seen.add(content)
-            out.append(question(item))
+            out.append(question(item, name))
     return out
 
 
@@ -89,7 +90,7 @@ def main(folder: Path = DATA) -> None:
             file = f"pictures/{name}_{index:03d}.png"
             drawing.colored().save(folder / file, optimize=True)
             item.messages[0]["content"][0] = {"type": "image", "image": file}
-            lines.append(question(item))
+            lines.append(question(item, name))
         _write(name, lines, folder)
     rng, lines = random.Random("test/speech"), []
     for index in range(SOUNDS):
@@ -97,7 +98,7 @@ def main(folder: Path = DATA) -> None:
         file = f"speech/{index:03d}.wav"
         write_wave(folder / file, samples)
         item.messages[0]["content"][0] = {"type": "audio", "audio": file}
-        lines.append(question(item))
+        lines.append(question(item, "speech"))
     _write("speech", lines, folder)
 
 

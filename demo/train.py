@@ -1,8 +1,8 @@
 """Train one tiny model for some minutes, resuming from its last state: ``python -m demo.train tiny-e --phase 1``.
 
 Reads the tokenizer from demo/.work/NAME, writes NAME.pt (weights in fp32, momenta, step) to --state and the fp32
-weights to --out. The learning rate warms up, stays, and falls over each call: by steps if --steps is given, else by
-the clock.
+weights to --out. The learning rate warms up, stays, and falls over the steps of each call. Their number is --steps, or
+what --minutes leave room for at the speed seen once it is steady; it is printed, and as --steps repeats the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from demo import models
 from demo.batches import TASKS, Encoder, Shape, Workers
@@ -34,11 +33,15 @@ PHASES = {
 }
 
 
-def schedule(done: float, warm: float) -> float:
-    """Share of the learning rate at a share of the run: up, flat to one half, then down to 2 %."""
-    if done < warm:
-        return done / warm
-    return 1.0 if done < 0.5 else max(0.02, 1 - (done - 0.5) / 0.5)
+_WARM = 60  # steps
+_STEADY, _MEASURED = 110, 50  # seconds until compilation is over, and for which the speed is then measured
+
+
+def schedule(step: int, steps: int | None) -> float:
+    """Share of the learning rate at a step: up, flat to one half, then down to 2 %; ``steps`` None: not known yet."""
+    if step < _WARM or steps is None:
+        return min(1.0, (step + 1) / _WARM)
+    return min(1.0, max(0.02, 2 * (1 - step / steps)))
 
 
 def save_state(path: Path, model: torch.nn.Module, optimizer: Optimizer | None, step: int) -> None:
@@ -58,16 +61,6 @@ def load_state(path: Path, model: torch.nn.Module, optimizer: Optimizer) -> int:
     if content["optimizer"]:
         optimizer.load_state_dict(content["optimizer"])
     return int(content["step"])
-
-
-@torch.no_grad()
-def give_eyes(model: Any, other: dict[str, torch.Tensor]) -> None:
-    """Copy another model's vision tower and projection; the standardisation it may have goes into the projection."""
-    for key, parameter in model.model.vision_tower.named_parameters():
-        parameter.copy_(other[f"model.vision_tower.{key}"])
-    scale = other["model.vision_tower.std_scale"].float()
-    projection = other["model.embed_vision.embedding_projection.weight"].float()
-    model.model.embed_vision.embedding_projection.weight.copy_(projection * scale / scale.mean())
 
 
 def on_device(workers: Workers, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
@@ -115,8 +108,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--state", type=Path, default=WORK / "state")
-    parser.add_argument("--start", type=Path, help="without a state, begin from the checkpoints in this folder")
-    parser.add_argument("--eyes", type=Path, help="without a state, begin with this checkpoint's vision tower")
     parser.add_argument("--out", type=Path, default=WORK / "out")
     parser.add_argument("--workers", type=int, default=7)
     parser.add_argument("--muon-lr", type=float, default=4e-3)
@@ -145,12 +136,7 @@ def main() -> None:
     optimizer = Optimizer(model, muon_lr=args.muon_lr, adam_lr=args.adam_lr, decay=0.05)
     if state_file.exists():
         load_state(state_file, model, optimizer)
-    elif args.start:
-        model.load_state_dict(load_file(args.start / args.name / "model.safetensors"), strict=False)
     models.set_clip_bounds(model)
-    if args.eyes and not state_file.exists():
-        # the vision towers have the same shape: begin with the one that has learnt to read
-        give_eyes(model, load_file(args.eyes / "model.safetensors", device=str(device)))
     if args.compile:
         torch._dynamo.config.cache_size_limit = 64
         torch._dynamo.config.automatic_dynamic_shapes = False  # every batch of a phase has the same shapes
@@ -161,24 +147,29 @@ def main() -> None:
     print(f"{args.name}: {models.count(model)['']} weights, step {first}, {shape}", flush=True)
 
     log, waited, sums = [], 0.0, torch.zeros((), device=device)
-    step, ready, last_save = first, time.time(), time.time()
+    step, last_save = first, time.time()
+    steps: int | None = args.steps or None
+    end, steady = started + 60 * args.minutes, None
     timer, since = time.time(), first
     feed = on_device(workers, device)
     while True:
         before = time.time()
         batch = next(feed)
         waited += time.time() - before
-        if args.steps:
-            done = (step - first) / args.steps
-        else:
-            done = (time.time() - ready) / max(1.0, 60 * args.minutes - (ready - started))
-        if done >= 1:
+        now = time.time()
+        if steps is None and steady is None and now - started > _STEADY:
+            steady = (step, now)
+        if steps is None and steady is not None and now - steady[1] > _MEASURED:
+            speed = (step - steady[0]) / (now - steady[1])
+            steps = step - first + int(0.97 * speed * (end - now))
+            print(f"{args.name}: --steps {steps}", flush=True)
+        if step - first == steps or (not args.steps and now > end):
             break
         with torch.autocast(device.type, dtype=torch.bfloat16):
             out = forward(model, batch, budgets)
         value = loss(out, batch["labels"])
         value.backward()
-        optimizer.step(schedule(done, 0.03))
+        optimizer.step(schedule(step - first, steps))
         sums += value.detach()
         step += 1
         if step - first in (5, 20) or step % 200 == 0:

@@ -12,7 +12,15 @@ from functools import cache
 from pathlib import Path
 
 from demo.chat import render
-from demo.tasks import draw_training_item
+from demo.tasks import (
+    Mixture,
+    draw_training_item,
+    make_recall,
+    make_small_talk,
+    make_sum,
+    make_tool_answer,
+    make_tool_call,
+)
 
 _SYNTAX = (
     *("declaration:", "{description:", ",parameters:{properties:{", ":{description:", ",type:"),
@@ -32,16 +40,25 @@ _SYNTAX = (
         "model",
     ),
 )
+# The order of words in a sample decides their ids, so what is sampled stays as it is when the training mixture changes.
+_SAMPLED: Mixture = (
+    (0.44, lambda rng: make_sum(rng, thinking=True, longest=7)),
+    (0.10, lambda rng: make_sum(rng, thinking=False, longest=7)),
+    (0.13, make_tool_call),
+    (0.09, make_tool_answer),
+    (0.17, make_recall),
+    (0.07, make_small_talk),
+)
 _RAREST = 40  # how often a word must occur in the sampled conversations
 
 
 @cache
 def words(samples: int = 20_000) -> list[str]:
-    """The tokens to ask for, most frequent first: deterministic, drawn from the training mixture with a fixed seed."""
+    """The tokens to ask for, most frequent first: deterministic, drawn from one mixture with a fixed seed."""
     rng = random.Random("vocabulary")
     counts: Counter[str] = Counter()
     for _ in range(samples):
-        item = draw_training_item(rng)
+        item = draw_training_item(rng, _SAMPLED)
         text = render(item.messages, tools=item.tools, enable_thinking=item.enable_thinking)
         said = " ".join([text, item.thought or "", item.text or ""])
         counts.update(re.findall(r"▁?[A-Za-z_]{2,}|▁[A-Za-z]", re.sub(r"<[^<>]*>", "\n", said).replace(" ", "▁")))

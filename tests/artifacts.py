@@ -79,6 +79,11 @@ def _artifact(
         return build_artifact(checkpoint, out, chunk=chunk, recipe=recipe, context=context)
 
 
+def scratch() -> Path:
+    """A folder for further artifacts that goes away with the process."""
+    return Path(_scratch.name)
+
+
 @functools.cache
 def model(structure: str, **arguments: object) -> Gemma4:
     """``Gemma4.load`` of `artifact` with the same arguments."""

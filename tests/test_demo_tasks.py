@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -14,7 +15,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # demo/ is not part of the installed package
 
-from demo import batches, chat, pictures, scoring, speech, tasks, testsets, vocabulary
+from demo import batches, chat, pictures, speech, tasks, testsets, vocabulary
+from gemma4_export.runtime import Tokenizer, parse_reply
+from gemma4_export.runtime.questions import is_right, read_questions
 
 MAKERS: dict[str, Callable[[random.Random], tasks.Item]] = {
     "sum_thinking": lambda rng: tasks.make_sum(rng, thinking=True),
@@ -76,65 +79,53 @@ def test_recall_asks_beyond_the_sliding_window() -> None:
     folder = Path(testsets.__file__).parent / "checkpoints" / "tiny-e"
     encoder = batches.Encoder(folder)
     window = json.loads((folder / "config.json").read_text())["text_config"]["sliding_window"]
-    for question in scoring.read_questions(testsets.DATA / "recall.jsonl"):
-        messages = question["messages"]
-        told = next(i for i, message in enumerate(messages) if question["answer"] in message["content"])
+    for question in read_questions(testsets.DATA / "recall.jsonl"):
+        messages, answer = question.messages, question.wanted
+        told = next(i for i, message in enumerate(messages) if answer in message["content"])
         since = [message for message in messages[told + 1 :] if message["role"] != "system"]
         # the model's own echo of the fact, where there is one, comes right after it
-        echoed = since[1:] if question["answer"] in since[0]["content"] else since
+        echoed = since[1:] if answer in since[0]["content"] else since
         text = "".join(f"<|turn>{message['role']}\n{message['content']}<turn|>\n" for message in echoed)
         assert len(encoder.tokenizer.encode(text).ids) > window, question
 
 
 @pytest.mark.parametrize("name", testsets.TEXT)
 def test_committed_question_sets_are_the_generators_output(name: str) -> None:
-    committed = scoring.read_questions(testsets.DATA / f"{name}.jsonl")
-    assert committed == json.loads(json.dumps(testsets.text_questions(name)))
+    path = testsets.DATA / f"{name}.jsonl"
+    assert [json.loads(line) for line in path.open(encoding="utf-8")] == testsets.text_questions(name)
+    assert len(read_questions(path)) == testsets.TEXT[name][0]
 
 
-def test_wanted_calls_are_read_back_from_the_reply_that_makes_them() -> None:
-    rng = random.Random(3)
-    for _ in range(200):
-        item = tasks.make_tool_call(rng)
-        question = testsets.question(item)
-        reply = scoring.take_apart(chat.wanted_reply(item, open_thought=False))
-        assert scoring.is_right(question, reply)
-        assert reply.thought == item.thought
-        changed = json.loads(question["answer"])
-        changed[0]["name"] = "other"
-        assert not scoring.is_right({**question, "answer": json.dumps(changed)}, reply)
+@pytest.mark.parametrize("make", [tasks.make_tool_call, tasks.make_tool_answer, tasks.make_recall])
+def test_wanted_replies_are_right_and_changed_ones_wrong(
+    make: Callable[[random.Random], tasks.Item], tmp_path: Path
+) -> None:
+    folder = Path(testsets.__file__).parent / "checkpoints" / "tiny-e"
+    tokenizer, encoder = Tokenizer.load(folder), batches.Encoder(folder)
+    rng, file = random.Random(3), tmp_path / "set.jsonl"
+    items = [make(rng) for _ in range(100)]
+    lines = [testsets.question(item, "t") for item in items]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for item, question in zip(items, read_questions(file), strict=True):
+        prompt, ids = encoder.encode(item)
+        reply = parse_reply(ids, prompt_ids=prompt, tokenizer=tokenizer)
+        assert is_right(question, reply), reply
+        assert (reply.thought or "").strip() == (item.thought or "")
+        other = chat.wanted_reply(dataclasses.replace(item, text="other", calls=[]), open_thought=False)
+        ids = encoder.tokenizer.encode(other, add_special_tokens=False).ids
+        assert not is_right(question, parse_reply(ids, prompt_ids=[], tokenizer=tokenizer))
 
 
-@pytest.mark.parametrize(
-    ("raw", "text", "thought", "calls"),
-    [
-        ("5742<turn|>", "5742", None, []),
-        ("<|channel>thought\n1+1=2\n<channel|>2<turn|><eos>", "2", "1+1=2", []),
-        ("<|channel>thought\n<channel|>2<turn|>", "2", "", []),
-        ('<|tool_call>call:f{a:<|"|>x,y:{<|"|>,b:true}<tool_call|>', "", None, [("f", {"a": "x,y:{", "b": True})]),
-        ("<|channel>thought\nnever closed", "", "never closed", []),
-        ("<|tool_call>call:f{broken}<tool_call|>", "", None, [("f", None)]),
-    ],
-)
-def test_replies_are_taken_apart(raw: str, text: str, thought: str | None, calls: list[tuple[str, object]]) -> None:
-    reply = scoring.take_apart(raw)
-    assert (reply.text, reply.thought) == (text, thought)
-    assert reply.calls == [{"name": name, "arguments": arguments} for name, arguments in calls]
-
-
-def test_confidence_interval_matches_published_values() -> None:
-    # Wilson's interval for 9 of 10 (Newcombe 1998, method 3)
-    low, high = scoring.interval(9, 10)
-    assert low == pytest.approx(0.5958, abs=5e-4)
-    assert high == pytest.approx(0.9821, abs=5e-4)
-    assert scoring.interval(0, 0) == (0.0, 1.0)
-
-
-def test_question_without_answer_is_an_error(tmp_path: Path) -> None:
-    file = tmp_path / "questions.jsonl"
-    file.write_text('{"messages": [], "task": "t"}\n')
-    with pytest.raises(ValueError, match=r"questions.jsonl:1: question without answer"):
-        scoring.read_questions(file)
+def test_letters_are_spelt_and_some_are_held_out() -> None:
+    rng = random.Random(5)
+    drawn = [pictures.draw_text(rng, "letters") for _ in range(2000)]
+    assert {len(text) for text in drawn} == {2, 3, 4, 5, 6}
+    assert {*"".join(drawn)} == {*pictures.LETTERS}
+    held = [tasks.held_out("picture", text) for text in drawn]
+    assert 0.03 < sum(held) / len(held) < 0.1
+    for test in (False, True):
+        item, _ = pictures.make_picture(rng, budget=70, text_pixels=(30, 60), kind="letters", test=test)
+        assert tasks.held_out("picture", item.key) == test
 
 
 @pytest.mark.parametrize("budget", [70, 140, 280])

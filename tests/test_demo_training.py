@@ -117,10 +117,14 @@ def test_optimizer_lowers_a_loss_and_resumes_exactly() -> None:
 
 
 def test_schedule_warms_up_and_falls() -> None:
-    assert train.schedule(0.0, 0.03) == 0.0
-    assert train.schedule(0.3, 0.03) == 1.0
-    assert train.schedule(0.75, 0.03) == pytest.approx(0.5)
-    assert train.schedule(1.0, 0.03) == 0.02
+    rates = [train.schedule(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 60)
+    assert rates[:60] == sorted(rates[:60])
+    assert set(rates[60:501]) == {1.0}
+    assert rates[750] == pytest.approx(0.5)
+    assert rates[999] == 0.02
+    # the number of steps is not known at first, and what is done until then does not depend on it
+    assert [train.schedule(step, None) for step in range(501)] == rates[:501]
 
 
 def test_room_for_every_sound() -> None:

@@ -10,6 +10,7 @@ from gemma4_export import __version__
 from gemma4_export.configs.command_line import run
 from gemma4_export.runtime.commands.bench import bench
 from gemma4_export.runtime.commands.chat import chat
+from gemma4_export.runtime.commands.eval import evaluate_command
 from gemma4_export.runtime.commands.generate import generate
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(chat)
 app.command()(generate)
 app.command()(bench)
+app.command("eval")(evaluate_command)
 
 
 @app.callback(invoke_without_command=True)
