@@ -24,7 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from gemma4_export.configs.errors import ArtifactError, ConfigError
 from gemma4_export.configs.formats import WeightFormat
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".gemma4-export.lock"
 """Lies in a folder as long as it is being built, and for good when that build was killed."""
@@ -157,6 +157,17 @@ class GraphEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyEntry:
+    """What the artifact is verified with; names of tensors and taps: ``configs/evidence.py``."""
+
+    oracle: str
+    graphs: dict[str, GraphEntry]
+    """``inputs`` (models with PLE only), ``layers.0`` …, and ``head.0`` …: slices of the vocabulary in order."""
+    load_peak_bytes: int
+    """Memory that loading the whole decoder takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything about an artifact that is not in its other files."""
 
@@ -180,6 +191,7 @@ class Manifest:
     embed_tokens: TableEntry
     embed_tokens_per_layer: TableEntry | None
     graphs: dict[str, GraphEntry]
+    verify: VerifyEntry
     not_packed: list[str]
     """Checkpoint tensors that this version knows and leaves out (vision and audio towers)."""
     versions: dict[str, str]
@@ -212,6 +224,7 @@ class Manifest:
         seal = values.pop(_SEAL, None)
         manifest: Manifest = _parse(cls, values, MANIFEST_NAME)
         paths = [*manifest.files, *(graph.file for graph in manifest.graphs.values()), manifest.embed_tokens.file]
+        paths += [manifest.verify.oracle, *(graph.file for graph in manifest.verify.graphs.values())]
         if manifest.embed_tokens_per_layer:
             paths.append(manifest.embed_tokens_per_layer.file)
         for path in paths:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from gemma4_export.configs import names
 from gemma4_export.configs.errors import ConfigError
+from gemma4_export.configs.evidence import GRAPHS_FOLDER, ORACLE_FILE, oracle_identity
 from gemma4_export.configs.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -29,24 +30,33 @@ from gemma4_export.configs.manifest import (
     RopeEntry,
     ScalesEntry,
     TableEntry,
+    VerifyEntry,
 )
 from gemma4_export.configs.model import ModelConfig, RopeConfig
 from gemma4_export.configs.recipe import Recipe
 from gemma4_export.configs.target import BUILT_BACKEND, Target, check_buildable
 from gemma4_export.exporter.lower import lower_ort_cpu
+from gemma4_export.exporter.memory import load_peak_bytes
+from gemma4_export.exporter.oracle import encode_prompts, record_oracle
 from gemma4_export.exporter.package import hash_files, partial_folder
-from gemma4_export.exporter.passes.external import GRAPHS_FOLDER
 from gemma4_export.exporter.passes.matmul import Activations
 from gemma4_export.exporter.tokenizer_files import CHAT_TEMPLATE
 from gemma4_export.exporter.trace import trace_decoder
+from gemma4_export.exporter.verify_graphs import write_verify_graphs
 from gemma4_export.exporter.weights import PlacedWeight, Placement, place_weights
-from gemma4_export.exporter.write import WeightSource, WeightStats, Written, relative_error, write_weights
+from gemma4_export.exporter.write import (
+    WeightSource,
+    WeightStats,
+    Written,
+    relative_error,
+    write_weights,
+)
 
 TOKENIZER_FOLDER = "tokenizer"
 DECODER_FILE = f"{GRAPHS_FOLDER}/decoder.onnx"
 GLOBAL_BUCKET = 256  # slots; onnxruntime's attention reads a linear cache whole, so it starts small and doubles
 
-Stage = Literal["download", "trace", "weights", "package"]
+Stage = Literal["download", "trace", "weights", "oracle", "package"]
 OnProgress = Callable[[Stage, str, int, int], None]
 """Called with stage, what is being done, and done and total units (bytes for download and weights, steps otherwise)."""
 
@@ -130,6 +140,7 @@ def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_pr
         model = lower_ort_cpu(trace_decoder(config), placement, activations=options.activations)
         (work / GRAPHS_FOLDER).mkdir(exist_ok=True)
         ir.save(model, work / DECODER_FILE)
+        verify_graphs = write_verify_graphs(config, placement, work)
         on_progress("trace", f"{len(model.graph)} nodes", 1, 1)
 
         sources = source.sources()
@@ -142,10 +153,24 @@ def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_pr
 
         key = _build_key(options, source.weight_paths, sources)
         written = write_weights(source, placement, work, key=key, on_bytes=on_bytes)
+        roles = census(placement, written)
+        on_progress("oracle", f"layer 0 of {config.num_layers}", 0, config.num_layers)
+        record_oracle(
+            config,
+            placement,
+            work,
+            encode_prompts(work / TOKENIZER_FOLDER / "tokenizer.json", context=options.context),
+            identity=oracle_identity(roles, sources),
+            on_layer=lambda done: on_progress(
+                "oracle", f"layer {done} of {config.num_layers}", done, config.num_layers
+            ),
+        )
         on_progress("package", "hashing", 0, 1)
         known = {file: FileEntry(bytes=size, sha256=digest) for file, (size, digest) in written.files.items()}
         files = hash_files(work, known)
-        manifest = _manifest(source, options, placement, census(placement, written), files=files, sources=sources)
+        manifest = _manifest(
+            source, options, placement, roles, files=files, sources=sources, verify_graphs=verify_graphs
+        )
         (work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         on_progress("package", "done", 1, 1)
     return manifest
@@ -159,6 +184,7 @@ def _manifest(
     *,
     files: dict[str, FileEntry],
     sources: dict[str, FileEntry],
+    verify_graphs: dict[str, GraphEntry],
 ) -> Manifest:
     config = source.config
     sliding, full = config.rope("sliding_attention"), config.rope("full_attention")
@@ -199,6 +225,11 @@ def _manifest(
                 outputs=names.decoder_outputs(config),
             )
         },
+        verify=VerifyEntry(
+            oracle=ORACLE_FILE,
+            graphs=verify_graphs,
+            load_peak_bytes=load_peak_bytes(placement, is_cpu=True),
+        ),
         not_packed=list(source.not_packed),
         versions=_versions(),
         sources=sources,

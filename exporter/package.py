@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemma4_export.configs.errors import CheckpointError, ConfigError
+from gemma4_export.configs.evidence import GRAPHS_FOLDER
 from gemma4_export.configs.manifest import LOCK_NAME, MANIFEST_NAME, FileEntry
-from gemma4_export.exporter.passes.external import GRAPHS_FOLDER
 from gemma4_export.exporter.weights import WEIGHTS_FOLDER
 from gemma4_export.exporter.write import JOURNAL_NAME, num_finished
 

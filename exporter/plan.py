@@ -10,14 +10,14 @@ from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import KVLayout
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.models import ReleasedModel
-from gemma4_export.configs.names import EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, LM_HEAD, decoder_tensors
+from gemma4_export.configs.names import decoder_tensors
 from gemma4_export.configs.recipe import Recipe, load_recipe
 from gemma4_export.configs.step_bytes import cpu_matrix_bytes, step_bytes
 from gemma4_export.configs.target import Target
 from gemma4_export.exporter.build import BuildOptions, kv_layout, resolve_lengths
-from gemma4_export.exporter.weights import Placement, StoredWeight, place_weights
+from gemma4_export.exporter.memory import PROCESS_BYTES, held_bytes, load_peak_bytes
+from gemma4_export.exporter.weights import Placement, place_weights
 
-_PROCESS_BYTES = 300 << 20  # Python, NumPy and onnxruntime's own code and tables, measured on an empty session
 # Of each size the recipe that suits any checkpoint, largest first.
 _RECIPES_BY_SIZE = ("bf16", "int8", "int4-quality", "int4")
 _OTHER_FILES_BYTES = 40 << 20  # tokenizer.json is 32 MB, graphs up to a few
@@ -82,10 +82,10 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
     is_cpu = "ort-cpu" in target.backends
     kv_item = 4 if is_cpu else 2  # ort-cpu computes in float32, GPUs in 16 bits
     layout = kv_layout(config, options)
-    weights = sum(_memory_bytes(weight, placement, is_cpu=is_cpu) for weight in placement.stored)
+    weights = sum(held_bytes(weight, placement, is_cpu=is_cpu) for weight in placement.stored)
     memory = target.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     scratch = _scratch_bytes(config, options.chunk)
-    room = memory - _PROCESS_BYTES - weights - scratch
+    room = memory - PROCESS_BYTES - weights - scratch
     artifact = sum(placement.num_bytes.values()) + _OTHER_FILES_BYTES
     kv = layout.num_bytes(options.context) * kv_item // 4
     moe = config.layers[0].moe
@@ -112,7 +112,7 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
         weights_in_memory_bytes=weights,
         kv_bytes=kv,
         scratch_bytes=scratch,
-        load_peak_bytes=_PROCESS_BYTES + weights + _largest_conversion(placement, is_cpu=is_cpu),
+        load_peak_bytes=load_peak_bytes(placement, is_cpu=is_cpu),
         memory_bytes=memory,
         longest_context=_longest_context(layout, room, kv_item, config.max_position_embeddings),
         bytes_per_token=per_token,
@@ -128,7 +128,7 @@ def check_fits(plan: Plan, model: ReleasedModel, options: BuildOptions) -> None:
     """
     if plan.fits:
         return
-    needed = plan.weights_in_memory_bytes + plan.kv_bytes + plan.scratch_bytes + _PROCESS_BYTES
+    needed = plan.weights_in_memory_bytes + plan.kv_bytes + plan.scratch_bytes + PROCESS_BYTES
     cause = (
         f"{plan.model} as {plan.recipe} with {plan.context} tokens needs {needed / 1e9:.1f} GB, "
         f"{plan.target} has {plan.memory_bytes / 1e9:.1f} GB"
@@ -176,33 +176,8 @@ def _gpu_matrix_bytes(placement: Placement) -> dict[str, int]:
     """Role -> bytes of the matrices that a GPU multiplies with: all that it holds."""
     sizes: dict[str, int] = {}
     for weight in placement.stored:
-        sizes[weight.role] = sizes.get(weight.role, 0) + _memory_bytes(weight, placement, is_cpu=False)
+        sizes[weight.role] = sizes.get(weight.role, 0) + held_bytes(weight, placement, is_cpu=False)
     return sizes
-
-
-def _memory_bytes(weight: StoredWeight, placement: Placement, *, is_cpu: bool) -> int:
-    """What the backend holds of a weight; mapped tables count nothing.
-
-    onnxruntime's CPU provider widens float matrices to float32 and keeps, beside each scale of a quantised one, the sum
-    of its block's codes. GPUs keep codes with their canonical scales.
-    """
-    placed, form = weight.placed, weight.placed.format
-    rows, columns = placed.row_shape
-    # The token table is the head as well where both have one format.
-    is_head = placement.weights[LM_HEAD] == placed
-    if weight.name == EMBED_TOKENS_PER_LAYER or (weight.name == EMBED_TOKENS and not is_head):
-        return 0
-    if not form.is_quantized:
-        return 4 * rows * columns if is_cpu else placed.code_bytes
-    if is_cpu:
-        return placed.code_bytes + 2 * placed.scale_bytes
-    return placed.code_bytes + rows * (columns // (form.block or columns)) * (2 if form.kind == "int4" else 4)
-
-
-def _largest_conversion(placement: Placement, *, is_cpu: bool) -> int:
-    """While a weight is packed or widened, source and result exist side by side; one weight at a time."""
-    held = {weight.name: _memory_bytes(weight, placement, is_cpu=is_cpu) for weight in placement.stored}
-    return max(weight.placed.code_bytes + held[weight.name] for weight in placement.stored if held[weight.name])
 
 
 def _scratch_bytes(config: ModelConfig, chunk: int) -> int:

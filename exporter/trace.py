@@ -6,17 +6,19 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-from gemma4_export.configs import names
-from gemma4_export.configs.model import ModelConfig
-from gemma4_export.exporter.models.text import Decoder
+from gemma4_export.configs import evidence, names
+from gemma4_export.configs.model import LayerConfig, ModelConfig
+from gemma4_export.exporter.models.probe import HeadProbe, LayerProbe, PerLayerInputsProbe
+from gemma4_export.exporter.models.text import Decoder, DecoderLayer
 from gemma4_export.plugins.common.torch_ops import translation_table
 
 OPSET = 24  # the first one with TensorScatter
@@ -35,28 +37,107 @@ def trace_decoder(config: ModelConfig) -> ir.Model:
         decoder = Decoder(config).eval()
         inputs = _example_inputs(config)
         caches = _example_caches(config)
-        exported = torch.export.export(
+        model = _to_onnx(
             decoder,
             (inputs, caches),
             dynamic_shapes=_dynamic_shapes(config),
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=True,
+            input_names=names.decoder_inputs(config),
+            output_names=names.decoder_outputs(config),
         )
-        with _quiet():
-            program = torch.onnx.export(
-                exported,
-                dynamo=True,
-                optimize=False,
-                opset_version=OPSET,
-                input_names=names.decoder_inputs(config),
-                output_names=names.decoder_outputs(config),
-                custom_translation_table=translation_table(),
-                verbose=False,
-            )
+    model.graph.name = "decoder"
+    return model
+
+
+def trace_layer(layer: LayerConfig, config: ModelConfig) -> ir.Model:
+    """One layer's graph with the inputs and taps of ``configs/evidence.py``; T and the caches' slots C are dynamic."""
+    inputs: dict[str, Tensor] = {}
+    shapes: dict[str, dict[int, Dim]] = {}
+    tokens, slots = Dim("T", min=1), Dim("C", min=1)
+    sizes: dict[str, tuple[int, ...]] = {
+        "hidden_states": (1, _TOKENS, config.hidden_size),
+        "per_layer_input": (1, _TOKENS, config.hidden_size_per_layer_input),
+        "rope": (1, _TOKENS, 2, layer.rope.num_frequencies),
+        "write_index": (1,),
+        "start": (1, _TOKENS),
+        "end": (1, _TOKENS),
+    }
+    sizes |= dict.fromkeys(("past_key", "past_value"), (1, layer.num_kv_heads, _GLOBAL_SLOTS, layer.head_dim))
+    dtypes = {"write_index": torch.int64, "start": torch.int32, "end": torch.int32}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for name in evidence.layer_inputs(layer, config):
+            inputs[name] = torch.zeros(sizes[name], dtype=dtypes.get(name, torch.float32))
+            shapes[name] = {2: slots} if name.startswith("past_") else {} if name == "write_index" else {1: tokens}
+        model = _to_onnx(
+            LayerProbe(DecoderLayer(layer, config), config).eval(),
+            (inputs,),
+            dynamic_shapes=(shapes,),
+            input_names=list(inputs),
+            output_names=evidence.layer_taps(layer, config),
+        )
+    model.graph.name = "layer"
+    return model
+
+
+def trace_per_layer_inputs(config: ModelConfig) -> ir.Model:
+    """The graph ``inputs_embeds``, ``per_layer_inputs`` -> ``merged_per_layer_inputs`` of a model with PLE."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        example = _example_inputs(config)
+        given = ["inputs_embeds", "per_layer_inputs"]
+        tokens = Dim("T", min=1)
+        model = _to_onnx(
+            PerLayerInputsProbe(config).eval(),
+            tuple(example[name] for name in given),
+            dynamic_shapes=({1: tokens}, {1: tokens}),
+            input_names=given,
+            output_names=["merged_per_layer_inputs"],
+        )
+    model.graph.name = "per_layer_inputs"
+    return model
+
+
+def trace_head(config: ModelConfig) -> ir.Model:
+    """The graph ``hidden_states`` [R, E] -> ``logits`` [R, V]."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = _to_onnx(
+            HeadProbe(replace(config, layers=())).eval(),
+            (torch.zeros(_ROWS, config.hidden_size),),
+            dynamic_shapes=({0: Dim("R", min=1)},),
+            input_names=["hidden_states"],
+            output_names=["logits"],
+        )
+    model.graph.name = "head"
+    return model
+
+
+def _to_onnx(
+    module: nn.Module,
+    arguments: tuple[object, ...],
+    *,
+    dynamic_shapes: tuple[object, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> ir.Model:
+    exported = torch.export.export(
+        module,
+        arguments,
+        dynamic_shapes=dynamic_shapes,
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    with _quiet():
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=input_names,
+            output_names=output_names,
+            custom_translation_table=translation_table(),
+            verbose=False,
+        )
     assert program is not None
     model = program.model
     model.producer_name, model.producer_version = "gemma4-export", None
-    model.graph.name = "decoder"
     return model
 
 

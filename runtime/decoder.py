@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from gemma4_export.runtime.rope import RopeTable
 from gemma4_export.runtime.session import open_session
 from gemma4_export.runtime.tables import EmbeddingTable
 
+if TYPE_CHECKING:
+    from gemma4_export.runtime.session_ort import Activations
+
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -22,9 +25,11 @@ Int64 = np.ndarray[Any, np.dtype[np.int64]]
 class Decoder:
     """Embedding tables, RoPE and the decoder graph of one artifact."""
 
-    def __init__(self, artifact: Artifact, *, num_threads: int | None = None) -> None:
+    def __init__(
+        self, artifact: Artifact, *, num_threads: int | None = None, activations: Activations | None = None
+    ) -> None:
         manifest = self.manifest = artifact.manifest
-        self._session = open_session(artifact, num_threads=num_threads)
+        self._session = open_session(artifact, num_threads=num_threads, activations=activations)
         self.seconds_in_graph = 0.0
         """Time spent in the backend so far; the rest of a call is ours."""
         self._tokens = EmbeddingTable(artifact, manifest.embed_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from gemma4_export.configs.errors import ArtifactError
 from gemma4_export.configs.manifest import Manifest
 from gemma4_export.configs.target import BUILT_BACKEND
 from gemma4_export.runtime.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from gemma4_export.runtime.session_ort import Activations
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -24,9 +27,14 @@ class Session(Protocol):
         ...
 
 
-def open_session(artifact: Artifact, *, num_threads: int | None = None) -> Session:
-    """Load the decoder of ``artifact`` with the backend it was packed for; ``num_threads`` None: a thread a core.
+def open_session(
+    artifact: Artifact, *, num_threads: int | None = None, activations: Activations | None = None
+) -> Session:
+    """Load the decoder of ``artifact`` with the backend it was packed for.
 
+    Args:
+        num_threads: None: a thread a core.
+        activations: what quantised matrices multiply with; None: as the artifact was built.
     Raises:
         ArtifactError: this version has no such backend, the backend's library is missing, or the manifest describes
             another graph.
@@ -39,7 +47,7 @@ def open_session(artifact: Artifact, *, num_threads: int | None = None) -> Sessi
         )
     from gemma4_export.runtime.session_ort import OrtSession
 
-    session = OrtSession(artifact.path(graph.file), num_threads=num_threads)
+    session = OrtSession(artifact.path(graph.file), num_threads=num_threads, activations=activations)
     _check_inputs(session.input_shapes, artifact.manifest)
     return session
 

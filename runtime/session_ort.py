@@ -6,44 +6,79 @@ import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.configs.evidence import GRAPHS_FOLDER
 from gemma4_export.runtime.kv_cache import KVCache
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _ERRORS_ONLY = 3
 
+Activations = Literal["int8", "fp32"]
+# MatMulNBits' attribute accuracy_level as protobuf writes it: field 1 with the name, field 3 with one byte of value.
+_ACCURACY_LEVEL = b"\x0a\x0eaccuracy_level\x18"
+_LEVELS: dict[Activations, bytes] = {"int8": b"\x04", "fp32": b"\x01"}
+
+
+def open_graph(
+    path: Path,
+    *,
+    num_threads: int | None = None,
+    activations: Activations | None = None,
+    log_severity: int = _ERRORS_ONLY,
+) -> Any:
+    """An ``onnxruntime.InferenceSession`` of a graph whose weights lie in files below ``graphs/``.
+
+    Args:
+        path: the graph, in ``graphs/`` or a folder below; its external data is mapped and packed by onnxruntime.
+        num_threads: None: a thread a core.
+        activations: what quantised matrices multiply with; None: as the graph was built.
+    Raises:
+        ArtifactError: onnxruntime is not installed, or does not accept the graph.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ArtifactError(
+            "onnxruntime is not installed", hint='pip install "gemma4-export[cpu]"  (or [gpu], never both)'
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = log_severity
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+    # A path would let it look for weights beside the graph only.
+    folder = next((parent for parent in path.parents if parent.name == GRAPHS_FOLDER), path.parent)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    graph = path.read_bytes()
+    if activations is not None:
+        for level in _LEVELS.values():
+            graph = graph.replace(_ACCURACY_LEVEL + level, _ACCURACY_LEVEL + _LEVELS[activations])
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own classes have no common base below Exception
+        raise ArtifactError(
+            f"{path.name}: onnxruntime {onnxruntime.__version__} does not load it: {str(error).splitlines()[0]}",
+            hint='pip install --upgrade "onnxruntime>=1.31.1"',
+        ) from error
+
 
 class OrtSession:
     """One graph on onnxruntime's CPU provider."""
 
-    def __init__(self, path: Path, *, num_threads: int | None = None, log_severity: int = _ERRORS_ONLY) -> None:
-        """Load ``path``; its external data is mapped and packed by onnxruntime.
-
-        Raises:
-            ArtifactError: onnxruntime is not installed, or does not accept the graph.
-        """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ArtifactError(
-                "onnxruntime is not installed", hint='pip install "gemma4-export[cpu]"  (or [gpu], never both)'
-            ) from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = log_severity
-        if num_threads is not None:
-            options.intra_op_num_threads = num_threads
-        try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own classes have no common base below Exception
-            raise ArtifactError(
-                f"{path.name}: onnxruntime {onnxruntime.__version__} does not load it: {str(error).splitlines()[0]}",
-                hint='pip install --upgrade "onnxruntime>=1.31.1"',
-            ) from error
+    def __init__(
+        self,
+        path: Path,
+        *,
+        num_threads: int | None = None,
+        activations: Activations | None = None,
+        log_severity: int = _ERRORS_ONLY,
+    ) -> None:
+        """Load ``path`` as ``open_graph`` does."""
+        self._session = open_graph(path, num_threads=num_threads, activations=activations, log_severity=log_severity)
         self.input_shapes: dict[str, list[int | str]] = {node.name: node.shape for node in self._session.get_inputs()}
         """As the graph declares them; a size that changes from call to call is a name."""
         # One binding serves one call at a time; threads with caches of their own take turns.

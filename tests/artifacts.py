@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from oracle import find_prompt, oracle
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.configs.target import load_target
-from gemma4_export.exporter import build
+from gemma4_export.exporter import build, verify_graphs
 from gemma4_export.exporter.checkpoint import Checkpoint
 from gemma4_export.exporter.trace import trace_decoder
 from gemma4_export.runtime import Gemma4
@@ -107,8 +107,30 @@ def traced(config: ModelConfig, *, fresh: bool = False) -> ir.Model:
 @contextmanager
 def traces(*, fresh: bool) -> Iterator[None]:
     """Builds in this block trace, or take copies of what was traced before."""
-    with mock.patch.object(build, "trace_decoder", lambda config: traced(config, fresh=fresh)):
+    with (
+        mock.patch.object(build, "trace_decoder", lambda config: traced(config, fresh=fresh)),
+        mock.patch.multiple(verify_graphs, **{name: _traced_once(name) for name in _VERIFY_TRACES}),
+    ):
         yield
+
+
+_VERIFY_TRACES = ("trace_head", "trace_layer", "trace_per_layer_inputs")
+_originals = {name: getattr(verify_graphs, name) for name in _VERIFY_TRACES}
+
+
+def _traced_once(name: str) -> Callable[..., ir.Model]:
+    """The tracing function of this name, giving out copies of what it traced for equal arguments."""
+
+    def trace(*arguments: object) -> ir.Model:
+        key = (name, *arguments)
+        if key not in _part_traces:
+            _part_traces[key] = _originals[name](*arguments)
+        return _part_traces[key].clone()
+
+    return trace
+
+
+_part_traces: dict[tuple[object, ...], ir.Model] = {}
 
 
 @dataclass(frozen=True, slots=True)

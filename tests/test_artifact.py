@@ -39,6 +39,7 @@ from gemma4_export.configs.manifest import (
     RopeEntry,
     ScalesEntry,
     TableEntry,
+    VerifyEntry,
     sealed,
 )
 from gemma4_export.exporter.checkpoint import Checkpoint
@@ -138,11 +139,17 @@ def fixed_manifest() -> Manifest:
             scale=0.1,
         ),
         graphs={"decoder": GraphEntry(file="graphs/decoder.onnx", backend="ort-cpu", inputs=["x"], outputs=["logits"])},
+        verify=VerifyEntry(
+            oracle="oracle.safetensors",
+            graphs={"head.0": GraphEntry(file="graphs/decoder.onnx", backend="ort-cpu", inputs=["h"], outputs=["l"])},
+            load_peak_bytes=5,
+        ),
         not_packed=["model.vision_tower.a"],
         versions={"torch": "2.13.0"},
         sources={"config.json": FileEntry(bytes=7, sha256="c0ffee")},
         files={
             "graphs/decoder.onnx": FileEntry(bytes=3, sha256="00"),
+            "oracle.safetensors": FileEntry(bytes=1, sha256="22"),
             "w/é.bin": FileEntry(bytes=320, sha256="11"),
         },
     )
@@ -191,12 +198,16 @@ GOLDEN = """\
    "bytes": 3,
    "sha256": "00"
   },
+  "oracle.safetensors": {
+   "bytes": 1,
+   "sha256": "22"
+  },
   "w/é.bin": {
    "bytes": 320,
    "sha256": "11"
   }
  },
- "format": 1,
+ "format": 2,
  "graphs": {
   "decoder": {
    "backend": "ort-cpu",
@@ -257,7 +268,7 @@ GOLDEN = """\
   "num_frequencies": 2,
   "theta": 10000.0
  },
- "sha256": "1ab75864155a13a2ffde786e9f56ebd9d624f0952a1b9363d95a342281e70eac",
+ "sha256": "f95d85df428c2d4c0fb682e25088524814f0e9de1cac9629621de0f4b22efcc1",
  "sources": {
   "config.json": {
    "bytes": 7,
@@ -265,6 +276,22 @@ GOLDEN = """\
   }
  },
  "target": "cpu",
+ "verify": {
+  "graphs": {
+   "head.0": {
+    "backend": "ort-cpu",
+    "file": "graphs/decoder.onnx",
+    "inputs": [
+     "h"
+    ],
+    "outputs": [
+     "l"
+    ]
+   }
+  },
+  "load_peak_bytes": 5,
+  "oracle": "oracle.safetensors"
+ },
  "versions": {
   "torch": "2.13.0"
  }
@@ -365,6 +392,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         embed_tokens=draw(tokens),
         embed_tokens_per_layer=draw(per_layer) if columns else None,
         graphs={"decoder": draw(graph)},
+        verify=VerifyEntry(
+            oracle=draw(path), graphs=draw(st.dictionaries(words, graph, max_size=2)), load_peak_bytes=draw(sizes)
+        ),
         not_packed=draw(st.lists(words, max_size=2)),
         versions=draw(st.dictionaries(words, words, max_size=2)),
         sources=draw(st.dictionaries(words, files, max_size=2)),
@@ -442,6 +472,9 @@ def edited(path: str, value: object) -> str:
         ("kv caches 0", {"layer": 0}, "manifest.json.kv.caches[0]: key 'head_dim' is missing"),
         ("graphs", {}, "manifest.json: graphs: no decoder"),
         ("graphs decoder file", "x.onnx", "manifest.json: x.onnx is used but not listed under files"),
+        ("verify oracle", "x.bin", "manifest.json: x.bin is used but not listed under files"),
+        ("verify graphs head.0 file", "x.onnx", "manifest.json: x.onnx is used but not listed under files"),
+        ("verify oracle", None, "manifest.json.verify.oracle: expected str, found None"),
         ("embed_tokens file", "x.bin", "manifest.json: x.bin is used but not listed under files"),
         ("embed_tokens_per_layer file", "x.bin", "manifest.json: x.bin is used but not listed under files"),
         ("embed_tokens rows", 11, "manifest.json: embed_tokens: ends at byte 328 of w/é.bin, which has 320"),
@@ -475,14 +508,14 @@ def test_missing_key_is_named() -> None:
 def test_other_format_is_refused_and_a_newer_one_asks_for_an_upgrade(found: object) -> None:
     with pytest.raises(ArtifactError) as caught:
         Manifest.from_json(edited("format", found))
-    assert caught.value.cause == f"manifest.json: format {found!r}, this version reads format 1"
+    assert caught.value.cause == f"manifest.json: format {found!r}, this version reads format {FORMAT}"
     is_newer = isinstance(found, int) and found > FORMAT
     assert (caught.value.hint == "pip install --upgrade gemma4-export") == is_newer
 
 
 def test_newer_format_is_refused_before_its_unknown_keys() -> None:
-    with pytest.raises(ArtifactError, match="format 2, this version reads format 1"):
-        Manifest.from_json('{"format": 2, "sharding": {}}')
+    with pytest.raises(ArtifactError, match=f"format {FORMAT + 1}, this version reads format {FORMAT}"):
+        Manifest.from_json(f'{{"format": {FORMAT + 1}, "sharding": {{}}}}')
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, GOLDEN[:-30]])
@@ -493,7 +526,7 @@ def test_text_that_is_no_json_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "{}"])
 def test_json_that_is_no_manifest_is_refused(text: str) -> None:
-    with pytest.raises(ArtifactError, match=r"^manifest\.json: format None, this version reads format 1"):
+    with pytest.raises(ArtifactError, match=rf"^manifest\.json: format None, this version reads format {FORMAT}\n"):
         Manifest.from_json(text)
 
 

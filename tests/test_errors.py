@@ -20,6 +20,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemma4_export.configs.manifest import FORMAT
 from gemma4_export.configs.target import target_names
 from gemma4_export.exporter import commands as exporter_commands
 from gemma4_export.runtime import commands as runtime_commands
@@ -363,8 +364,8 @@ BAD_ARTIFACTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "the folder is damaged; build it again with gemma4-export build",
     ),
     "newer": (
-        lambda folder: with_manifest(folder, lambda values: values.update(format=2)),
-        "manifest.json: format 2, this version reads format 1",
+        lambda folder: with_manifest(folder, lambda values: values.update(format=FORMAT + 1)),
+        f"manifest.json: format {FORMAT + 1}, this version reads format {FORMAT}",
         "pip install --upgrade gemma4-export",
     ),
     "outside": (

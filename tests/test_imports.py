@@ -22,7 +22,7 @@ EXPORT = TORCH | {"onnx_ir", "ml_dtypes"}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "configs": (set(), set()),
     "plugins": ({"configs"}, {"numpy"}),
-    "exporter": ({"configs", "plugins"}, {"numpy", "huggingface_hub", "tokenizers", "jinja2"} | EXPORT),
+    "exporter": ({"configs", "plugins"}, {"numpy", "huggingface_hub", "tokenizers", "jinja2", "safetensors"} | EXPORT),
     "runtime": ({"configs", "plugins"}, {"numpy", "onnxruntime", "tokenizers", "jinja2", "PIL", "safetensors"}),
 }
 COMMANDS = {"typer", "rich"}

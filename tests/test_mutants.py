@@ -156,7 +156,7 @@ MUTANTS = (
     ),
     Mutant(
         name="(c+t)/sqrt(2) dropped",
-        patch=line(text.Decoder, "_merge_per_layer_inputs", (" * 2**-0.5", "")),
+        patch=line(text.Decoder, "merge_per_layer_inputs", (" * 2**-0.5", "")),
         structures=PER_LAYER,
         since="trace",
         before_norm="layers.0.post_per_layer_input_norm",

@@ -95,19 +95,27 @@ def counted_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 # Kill -9
 
 SERVER = r"""
-import json, os, sys, time
+import functools, json, os, sys, tempfile, time
 from pathlib import Path
 sys.path.insert(0, TESTS)
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.configs.target import load_target
-from gemma4_export.exporter import build, write
+from gemma4_export.exporter import build, verify_graphs, write
 from gemma4_export.exporter.checkpoint import Checkpoint
+from gemma4_export.exporter.weights import place_weights
 
 folder = Path(sys.argv[1])
-with Checkpoint(folder) as opened:
-    graph = build.trace_decoder(opened.config)
-build.trace_decoder = lambda config: graph.clone()
+for module, name in (
+    (build, "trace_decoder"),
+    *((verify_graphs, name) for name in ("trace_head", "trace_layer", "trace_per_layer_inputs")),
+):
+    traced_once = functools.cache(getattr(module, name))
+    setattr(module, name, lambda *arguments, traced_once=traced_once: traced_once(*arguments).clone())
+with Checkpoint(folder) as opened, tempfile.TemporaryDirectory() as scratch:
+    build.trace_decoder(opened.config)
+    placement = place_weights(opened.specs.values(), load_recipe("int4"))
+    verify_graphs.write_verify_graphs(opened.config, placement, Path(scratch))
 
 
 def run(out, pause):

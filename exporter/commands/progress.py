@@ -14,6 +14,7 @@ _TITLES: dict[Stage, str] = {
     "download": "downloading",
     "trace": "tracing the graph",
     "weights": "writing weights",
+    "oracle": "recording the oracle",
     "package": "packaging",
 }
 _IN_BYTES: tuple[Stage, ...] = ("download", "weights")

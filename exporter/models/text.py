@@ -173,6 +173,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden), requires_grad=False)
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width), requires_grad=False)
 
+    def forward(self, hidden_states: Tensor, router_logits: Tensor, per_expert_scale: Tensor, top_k: int) -> Tensor:
+        return moe(hidden_states, router_logits, per_expert_scale, self.gate_up_proj, self.down_proj, top_k=top_k)
+
 
 class DecoderLayer(nn.Module):
     def __init__(self, layer: LayerConfig, config: ModelConfig) -> None:
@@ -217,13 +220,11 @@ class DecoderLayer(nn.Module):
         dense: Tensor = self.mlp(self.pre_feedforward_layernorm(residual))
         if self.layer.moe is None:
             return dense
-        routed = moe(
+        routed = self.experts(
             self.pre_feedforward_layernorm_2(residual),
             self.router(residual),
             self.router.per_expert_scale,
-            self.experts.gate_up_proj,
-            self.experts.down_proj,
-            top_k=self.layer.moe.top_k,
+            self.layer.moe.top_k,
         )
         return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(routed)
 
@@ -253,7 +254,9 @@ class Decoder(nn.Module):
         """
         config, rows = self.config, inputs["output_rows"]
         hidden_states = inputs["inputs_embeds"]
-        per_layer_inputs = self._merge_per_layer_inputs(hidden_states, inputs.get("per_layer_inputs"))
+        per_layer_inputs = None
+        if "per_layer_inputs" in inputs:
+            per_layer_inputs = self.merge_per_layer_inputs(hidden_states, inputs["per_layer_inputs"])
         ropes, visibles = self._positions(inputs)
         present: dict[int | None, tuple[Tensor, Tensor]] = {}
         owners = iter(caches)
@@ -276,15 +279,18 @@ class Decoder(nn.Module):
                 present[layer.index] = cache
         if config.first_shared_layer == config.num_layers:
             hidden_states = take_rows(hidden_states, rows)
-        logits = self.lm_head(self.norm(hidden_states.squeeze(0)))
-        if config.final_logit_softcapping is not None:
-            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        logits = self.head(hidden_states.squeeze(0))
         return logits, [tensor for pair in present.values() for tensor in pair]
 
-    def _merge_per_layer_inputs(self, inputs_embeds: Tensor, token_rows: Tensor | None) -> Tensor | None:
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """[R, E] of the last layer -> logits [R, V], soft-capped."""
+        logits: Tensor = self.lm_head(self.norm(hidden_states))
+        if self.config.final_logit_softcapping is not None:
+            logits = torch.tanh(logits / self.config.final_logit_softcapping) * self.config.final_logit_softcapping
+        return logits
+
+    def merge_per_layer_inputs(self, inputs_embeds: Tensor, token_rows: Tensor) -> Tensor:
         """(projection of the embedding + the token's own row) / sqrt(2), [B, T, L, P]."""
-        if token_rows is None:
-            return None
         batch, length, hidden = inputs_embeds.shape
         context = self.per_layer_model_projection(inputs_embeds) * hidden**-0.5
         context = context.reshape(batch, length, self.config.num_layers, self.config.hidden_size_per_layer_input)

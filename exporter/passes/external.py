@@ -6,9 +6,9 @@ from pathlib import PurePosixPath
 
 import onnx_ir as ir
 
+from gemma4_export.configs.evidence import GRAPHS_FOLDER
 from gemma4_export.exporter.weights import PlacedWeight
 
-GRAPHS_FOLDER = "graphs"
 _DTYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16}
 
 

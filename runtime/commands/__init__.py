@@ -12,6 +12,7 @@ from gemma4_export.runtime.commands.bench import bench
 from gemma4_export.runtime.commands.chat import chat
 from gemma4_export.runtime.commands.eval import evaluate_command
 from gemma4_export.runtime.commands.generate import generate
+from gemma4_export.runtime.commands.verify import verify
 
 app = typer.Typer(
     name="gemma4-run",
@@ -23,6 +24,7 @@ app.command()(chat)
 app.command()(generate)
 app.command()(bench)
 app.command("eval")(evaluate_command)
+app.command()(verify)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,44 @@
+"""``gemma4-run verify``: does this artifact compute, on this machine, what its oracle recorded?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from gemma4_export.configs.command_line import CHECK_FAILED
+
+
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="Folder that gemma4-export build wrote.")],
+    backend: Annotated[str | None, typer.Option(help="What runs it.  [default: what it was packed for]")] = None,
+    activations: Annotated[
+        Literal["fp32", "int8"], typer.Option(help="int8: report the drift of rounded activations beside.")
+    ] = "fp32",
+    level: Annotated[
+        Literal["layers", "full"], typer.Option(help="layers: leave out the pass of the whole model.")
+    ] = "full",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the report as an HTML page.")] = None,
+) -> None:
+    """Hold an artifact to its oracle: every file's hash, every layer by itself, the head, the whole model."""
+    from gemma4_export.runtime.verify import verify as run
+    from gemma4_export.runtime.verify_table import html_page, text_lines
+
+    def say(line: str) -> None:
+        if sys.stderr is not None:  # closed by the caller: print would fall back to stdout
+            print(line, file=sys.stderr)
+
+    report = run(artifact, backend=backend, activations=activations, level=level, say=say)
+    path = report.save(artifact)
+    if html is not None:
+        html.write_text(html_page(report), encoding="utf-8")
+    if as_json:
+        print(report.to_json(), end="")
+    else:
+        print("\n".join(text_lines(report)))
+        print(f"report: {path}" + ("" if html is None else f", {html}"))
+    if not report.passed:
+        raise typer.Exit(CHECK_FAILED)
