@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from gemma4_export.configs.evidence import TAP_ROLES, VerifiedRole, bound_of
 from gemma4_export.configs.manifest import MANIFEST_NAME, GraphEntry, Manifest
 from gemma4_export.plugins.common.drift import drift, row_scale
 from gemma4_export.runtime.decoder import Decoder
+from gemma4_export.runtime.memory import available_bytes
 from gemma4_export.runtime.session_ort import Activations, open_graph
 from gemma4_export.runtime.tables import EmbeddingTable
 from gemma4_export.runtime.verify_oracle import Oracle, open_oracle
@@ -174,7 +174,7 @@ class _Verification:
         kv = self.manifest.kv
         needed = self.manifest.verify.load_peak_bytes + kv.num_bytes(max(kv.global_bucket, self.tokens))
         free = available_bytes()
-        if needed > free:
+        if free is not None and needed > free:
             return f"it needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
         return None
 
@@ -311,16 +311,6 @@ def kl_divergence(wanted: Array, found: Array) -> float:
 def _log_softmax(logits: Array) -> Array:
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
-
-
-def available_bytes() -> int:
-    """Memory that can be had without swapping; all of the machine's where the system does not say."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text(encoding="ascii").splitlines() if path.is_file() else []
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _not_covered(manifest: Manifest, tokens: int, taps: Sequence[TapDrift], *, has_whole: bool) -> list[str]:

@@ -6,6 +6,7 @@ The perturbation is noise of four times the bound relative to the tensor's own s
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
 import shutil
@@ -27,6 +28,7 @@ from gemma4_export.configs.evidence import BOUND_FLOOR, ORACLE_FILE
 from gemma4_export.configs.manifest import MANIFEST_NAME, sealed
 from gemma4_export.configs.names import EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, expert_tensor
 from gemma4_export.configs.recipe import load_recipe, recipe_names
+from gemma4_export.exporter import commands as exporter_commands
 from gemma4_export.exporter import stored_weights
 from gemma4_export.exporter.checkpoint import Checkpoint
 from gemma4_export.exporter.oracle import record_oracle
@@ -40,6 +42,8 @@ from gemma4_export.runtime.verify import clear_routes, kl_divergence, verify
 from gemma4_export.runtime.verify_report import Report
 from gemma4_export.runtime.verify_table import html_page, text_lines
 
+# The package's own name ``build`` is the command, not its module.
+build_command = importlib.import_module("gemma4_export.exporter.commands.build")
 torch = pytest.importorskip("torch")
 
 
@@ -531,3 +535,57 @@ def test_a_drift_that_is_no_number_is_null_in_json(copy):
     saved = json.loads(report.to_json())
     assert next(tap for tap in saved["taps"] if tap["name"] == "layers.2.mlp")["drift"] is None
     assert "<svg" in html_page(report)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a build, and in inspect
+
+
+def exporter_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> Any:
+    monkeypatch.setattr(sys, "argv", ["gemma4-export", *map(str, words)])
+    with artifacts.traces(fresh=False), pytest.raises(SystemExit) as ended:
+        exporter_commands.main()
+    return int(ended.value.code or 0), *capsys.readouterr()
+
+
+def test_a_build_verifies_what_it_built(tmp_path, capsys, monkeypatch):
+    build = ("build", "--checkpoint", tiny.checkpoint("12b"), "--target", "cpu", "--recipe", "int4", "--out")
+    code, out, _ = exporter_run(capsys, monkeypatch, *build, tmp_path / "a", "--verify", "full")
+    assert code == 0
+    assert re.fullmatch(r"verify full: passed: 32 drifts inside their bounds, \d+ files .*", out.splitlines()[-1])
+    _, out, _ = exporter_run(capsys, monkeypatch, "inspect", tmp_path / "a")
+    assert re.search(r"^verified ort-cpu-\S+\.json: passed: 32 drifts", out, re.MULTILINE)
+    code, out, _ = exporter_run(capsys, monkeypatch, *build, tmp_path / "b", "--verify", "off")
+    assert code == 0
+    assert "passed" not in out
+    _, out, _ = exporter_run(capsys, monkeypatch, "inspect", tmp_path / "b")
+    assert f"verified never: gemma4-run verify {tmp_path / 'b'}" in out
+    assert (tmp_path / "b" / ORACLE_FILE).read_bytes() == (tmp_path / "a" / ORACLE_FILE).read_bytes()
+
+
+def test_a_build_that_does_not_pass_ends_with_exit_code_1(copy, capsys):
+    folder = copy("31b")
+    perturb(folder, placement("31b", "fp32"), "layers.1.mlp.up_proj.weight")
+    assert not build_command._verify(folder, "layers")
+    assert capsys.readouterr().out.startswith("verify layers: failed: layer 1, mlp: layers.1.mlp drifts ")
+
+
+def test_a_verification_that_cannot_begin_says_why(copy, capsys):
+    folder = copy("12b")
+    (folder / ORACLE_FILE).write_bytes(b"short")
+    assert not build_command._verify(folder, "layers")
+    out, err = capsys.readouterr()
+    assert out == f"built, not verified: gemma4-run verify {folder}\n"
+    assert err.startswith(f"error: {ORACLE_FILE}: expected ")
+    assert len(err.splitlines()) == 2
+
+
+def test_inspect_knows_a_report_of_other_files_and_what_is_no_report(copy, capsys, monkeypatch):
+    folder = copy("12b")
+    verify(folder, level="layers").save(folder)
+    (folder / "verify" / "zz.json").write_text("[]", encoding="utf-8")
+    edit_manifest(folder, lambda values: values["model"].update(name="other"))
+    _, out, _ = exporter_run(capsys, monkeypatch, "inspect", folder)
+    first, second = [line for line in out.splitlines() if line.startswith("verified ")]
+    assert ": of other files than these: passed" in first
+    assert second.startswith("verified zz.json: not a report")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
+from gemma4_export.configs.command_line import CHECK_FAILED
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import Manifest
 from gemma4_export.configs.models import ReleasedModel, load_model, name_of, plain_id_of, released_ids
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 Weights = Literal["model", "dummy"]
 Activations = Literal["int8", "fp32"]
+Verify = Literal["off", "layers", "full"]
 
 
 def build(
@@ -39,6 +44,9 @@ def build(
     out: Annotated[Path | None, typer.Option(help="Artifact folder.  [default: gemma4-MODEL-TARGET]")] = None,
     context: Annotated[int | None, typer.Option(help="Longest sequence in tokens.  [default: the model's]")] = None,
     chunk: Annotated[int | None, typer.Option(help="Longest prefill step in tokens.  [default: the target's]")] = None,
+    verify: Annotated[
+        Verify, typer.Option(help="Hold the artifact to its oracle at once: layer by layer; full: the whole model too.")
+    ] = "layers",
 ) -> None:
     """Turn a checkpoint into an artifact folder that gemma4-run runs without torch."""
     # Names are checked before torch is imported: a typo should cost milliseconds.
@@ -90,6 +98,8 @@ def build(
         artifact = out or Path(f"gemma4-{options.model_name}-{options.target.name}")
         manifest = build_artifact(source, options, artifact, progress)
     _report(manifest, artifact, time.monotonic() - started)
+    if verify != "off" and not _verify(artifact, verify):
+        raise typer.Exit(CHECK_FAILED)
 
 
 class HubCheckpoint(NamedTuple):
@@ -120,6 +130,19 @@ def hub_checkpoint(model: ReleasedModel | str, recipe: Recipe) -> HubCheckpoint:
 def _is_foreign(model: str) -> bool:
     """A hub id beside the released ones: a fine-tune or a quantised one, named as the hub names it."""
     return "/" in model and model.lower() not in released_ids()
+
+
+def _verify(folder: Path, level: Verify) -> bool:
+    """Run ``gemma4-run verify`` in a process of its own, print its verdict, and say whether it passed."""
+    command = [sys.executable, "-m", "gemma4_export.runtime", "verify", str(folder), "--level", level, "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not ended.stdout:  # it could not begin: its own words, without its progress
+        at = ended.stderr.rfind("error: ")
+        sys.stderr.write(ended.stderr[max(at, 0) :])
+        print(f"built, not verified: gemma4-run verify {shlex.quote(str(folder))}")
+        return False
+    print(f"verify {level}: {json.loads(ended.stdout)['verdict']}")
+    return ended.returncode == 0
 
 
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:

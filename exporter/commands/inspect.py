@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gemma4_export.configs.artifact import Artifact
-from gemma4_export.configs.manifest import Manifest
+from gemma4_export.configs.evidence import REPORTS_FOLDER
+from gemma4_export.configs.manifest import MANIFEST_NAME, Manifest
 
 
 def inspect(
@@ -21,10 +25,24 @@ def inspect(
     if as_json:
         print(manifest.to_json(), end="")
         return
-    for line in _describe(manifest):
+    for line in [*_describe(manifest), *_reports(artifact)]:
         print(line)
     if check:
         print(f"checked: {len(manifest.files)} files, every size and sha256 as recorded")
+
+
+def _reports(folder: Path) -> list[str]:
+    """One line per device that the artifact was verified on."""
+    digest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    lines = []
+    for path in sorted((folder / REPORTS_FOLDER).glob("*.json")):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            state, is_this = str(report["verdict"]), report["manifest_sha256"] == digest
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            state, is_this = f"not a report ({error!r})", True
+        lines.append(f"verified {path.name}: " + (state if is_this else f"of other files than these: {state}"))
+    return lines or [f"verified never: gemma4-run verify {shlex.quote(str(folder))}"]
 
 
 def _describe(manifest: Manifest) -> list[str]:
@@ -43,6 +61,7 @@ def _describe(manifest: Manifest) -> list[str]:
     ]
     for name, graph in sorted(manifest.graphs.items()):
         lines.append(f"graph    {name}: {graph.file} for {graph.backend}")
+    lines.append(f"oracle   {manifest.verify.oracle}, {len(manifest.verify.graphs)} graphs to verify with")
     for file, entry in sorted(manifest.files.items()):
         lines.append(f"file     {entry.bytes:>14,}  {file}")
     lines.append(f"total    {sum(entry.bytes for entry in manifest.files.values()):>14,}  bytes")
