@@ -190,6 +190,7 @@ class ReplyParser:
         self._state: Part = "text"
         self._headers: tuple[str, ...] = ()
         self._head: str | None = None  # text that may still turn out to be one of the headers
+        self._num_prompt_characters = 0  # of that text; they are not the answer's
         self._call: list[int] = []
         matcher, self._stop = StopMatcher(stop), StopMatcher(())  # none while the prompt is read
         self._reset()
@@ -311,6 +312,10 @@ class ReplyParser:
             if index in self._steer or self._state == "tool_call" or self._head is not None:
                 self.push(index)
         self._reset()
+        self._num_prompt_characters = len(self._head or "")
+
+    def _await(self, headers: tuple[str, ...]) -> None:
+        self._headers, self._head, self._num_prompt_characters = headers, "", 0
 
     def _open_thought(self) -> None:
         if self._state == "thought":
@@ -318,7 +323,7 @@ class ReplyParser:
         else:
             self._leave("<|channel>")
         self._state, self._has_thought = "thought", True
-        self._headers, self._head = _THOUGHT_HEADERS, ""
+        self._await(_THOUGHT_HEADERS)
         self._needs_break = bool(self._thoughts)
 
     def _close_thought(self) -> None:
@@ -340,7 +345,7 @@ class ReplyParser:
 
     def _open_turn(self) -> None:
         self._leave("<|turn>")
-        self._headers, self._head = _TURN_HEADERS, ""
+        self._await(_TURN_HEADERS)
 
     def _end(self) -> None:
         self._leave("the end of the turn")
@@ -360,7 +365,7 @@ class ReplyParser:
         self._take(self._stream.flush())
         head, self._head = self._head, None
         if head and head + "\n" not in self._headers:
-            self._give(head)
+            self._give(self._own(head))
         if self._state == "text":
             self._give_text(self._stop.flush())
 
@@ -370,12 +375,18 @@ class ReplyParser:
             text = self._head = self._head + text
             if any(header.startswith(text) and header != text for header in self._headers):
                 return
-            header = next((header for header in self._headers if text.startswith(header)), "")
-            self._head, text = None, text[len(header) :]
-        if text:
-            self._give(text)
+            header = next((header for header in self._headers if text.startswith(header)), None)
+            self._head, text = None, self._own(text) if header is None else text[len(header) :]
+        self._give(text)
+
+    def _own(self, head: str) -> str:
+        """``head``, which is no header, without what the prompt wrote of it."""
+        known, self._num_prompt_characters = self._num_prompt_characters, 0
+        return head[known:]
 
     def _give(self, text: str) -> None:
+        if not text:
+            return
         if self._state == "text":
             self._give_text(self._stop.push(text))
             return

@@ -122,6 +122,9 @@ CALL = '<|tool_call>call:f{a:<|"|>x<|"|>}'
         # a name is a header only where it is one
         (MODEL_TURN, "<|channel>thoughtful<channel|>b", ("thoughtful", "b", 0)),
         (MODEL_TURN, "<|channel>thought", ("", "", 0)),
+        # what the prompt wrote of a header that is none stays the prompt's
+        ("<|turn>m", "} left", (None, "} left", 0)),
+        (MODEL_TURN + "<|channel>thou", "<channel|>b", ("", "b", 0)),
         (MODEL_TURN, "a<turn|>\n<|turn>model\nb", (None, "a\nb", 0)),
         (MODEL_TURN, "<|turn>modelling", (None, "modelling", 0)),
         (MODEL_TURN, '<channel|><tool_call|><|"|>a', (None, "a", 0)),
