@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 CODE := configs exporter plugins runtime tests demo
 
-.PHONY: demo test test-full measure lint clean
+.PHONY: demo test test-full measure plugins lint clean
 
 demo: $(VENV)/.export  ## build the demo artifact for this machine's processor and talk to it, offline
 	$(BIN)/python -m demo.talk
@@ -26,6 +26,9 @@ lint: $(VENV)/.dev  ## ruff and mypy, as `make test` runs them
 LLAMA ?=
 measure: $(VENV)/.dev  ## figures of docs/measurements: by hand, on a quiet machine
 	$(BIN)/python tests/measure.py $(if $(LLAMA),--llama-python $(LLAMA))
+
+plugins: $(VENV)/.dev  ## plugins/lib/libgemma4_plugins.so: our CUDA kernels as TensorRT plugins, nvcc from pip
+	$(BIN)/python -m gemma4_export.plugins.compile
 
 clean:  ## remove environments, caches and built artifacts
 	rm -rf .venv .venv-* gemma4-* build dist .pytest_cache .mypy_cache .ruff_cache

@@ -110,6 +110,40 @@ def mixed_types(folder: Path) -> Path:
     return save(folder / "mixed.onnx", [node], inputs, outputs, [weights])
 
 
+def moe(folder: Path, *, weights: str = "int4", num_experts: int = 16, wrong_scales: bool = False) -> Linear:
+    """One Gemma4MoE node between two ordinary ones: bf16 rows, float32 router, ``weights`` int4, int8 or float."""
+    E, F, X, real = 256, 768, num_experts, TensorProto.BFLOAT16
+    generator = np.random.default_rng(0)
+    initializers = [numpy_helper.from_array(generator.uniform(0.5, 2, X).astype(np.float32), "per_expert_scale")]
+    names = ["rows", "router_logits", "per_expert_scale"]
+    for name, (rows, k) in {"gate_up": (2 * F, E), "down": (E, F)}.items():
+        kind = {"int4": TensorProto.INT4, "int8": TensorProto.INT8, "float": real}[weights]
+        num_bytes = X * rows * k * {"int4": 1, "int8": 2, "float": 4}[weights] // 2
+        raw = generator.integers(0, 63, num_bytes, dtype=np.uint8).tobytes()
+        initializers.append(helper.make_tensor(name, kind, [X, rows, k], raw, raw=True))
+        names.append(name)
+        if weights != "float":
+            shape = [X, rows, k // BLOCK + wrong_scales] if weights == "int4" else [X, rows, 1]
+            dtype = ml_dtypes.bfloat16 if weights == "int4" else np.float32
+            values = generator.uniform(0.01, 0.02, shape).astype(dtype)
+            scale_type = real if weights == "int4" else TensorProto.FLOAT
+            initializers.append(helper.make_tensor(f"{name}_scales", scale_type, shape, values.tobytes(), raw=True))
+            names.append(f"{name}_scales")
+    block = BLOCK if weights == "int4" else 0
+    nodes = [
+        helper.make_node("Gelu", ["x"], ["rows"], name="before", approximate="tanh"),
+        helper.make_node("Gemma4MoE", names, ["mixed"], name="experts", domain="gemma4", top_k=8, block=block),
+        helper.make_node("Add", ["mixed", "x"], ["y"], name="after"),
+    ]
+    inputs = [helper.make_tensor_value_info("x", real, [1, "T", E])]
+    inputs.append(helper.make_tensor_value_info("router_logits", TensorProto.FLOAT, [1, "T", X]))
+    outputs = [helper.make_tensor_value_info("y", real, [1, "T", E])]
+    path = folder / f"moe-{weights}.onnx"
+    path.with_suffix(".bin").unlink(missing_ok=True)
+    save(path, nodes, inputs, outputs, initializers, data=f"{path.stem}.bin")
+    return Linear(path, path.with_suffix(".bin"), sum(len(tensor.raw_data) for tensor in initializers))
+
+
 def moe_without_weights(folder: Path) -> Path:
     """One node of ours, for the message about a missing plugin."""
     tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [1, 64]) for name in ("x", "y")]

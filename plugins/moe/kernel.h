@@ -14,7 +14,7 @@ enum class FloatType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class WeightFormat : int32_t {
   kFloat = 0,  // the type of hidden_states, no scales
   kInt8 = 1,   // one byte a code; one fp32 scale per row
-  kInt4 = 2,   // two codes a byte, low nibble first; one fp16 scale per block of `block` codes along the row
+  kInt4 = 2,   // two codes a byte, low nibble first; one 16-bit scale per block of `block` codes along the row
 };
 
 // Which kernels run. kAuto picks by the number of tokens; the others exist so that each can be checked and timed.
@@ -39,6 +39,7 @@ struct MoeTypes {
   FloatType router;  // router_logits, per_expert_scale: any
   WeightFormat weights;
   int64_t block;  // codes per int4 scale: 32, 64 or 128, dividing E and F; 0 for the other formats
+  FloatType scales = FloatType::kFloat16;  // of int4: kFloat16, or kBFloat16 as compressed-tensors stores them
 };
 
 // Device pointers, each aligned to 16 bytes, all C-contiguous. Outputs must not overlap inputs.
@@ -47,9 +48,9 @@ struct MoeTensors {
   const void* router_logits;     // router [T, X]
   const void* per_expert_scale;  // router [X]
   const void* gate_up_proj;      // [X, 2F, E], rows 0..F-1 gate, F..2F-1 up
-  const void* gate_up_scales;    // int8: fp32 [X, 2F]; int4: fp16 [X, 2F, E / block]; else null
+  const void* gate_up_scales;    // int8: fp32 [X, 2F]; int4: `scales` [X, 2F, E / block]; else null
   const void* down_proj;         // [X, E, F]
-  const void* down_scales;       // int8: fp32 [X, E]; int4: fp16 [X, E, F / block]; else null
+  const void* down_scales;       // int8: fp32 [X, E]; int4: `scales` [X, E, F / block]; else null
   void* output;                  // real [T, E]
   void* workspace;               // moe_workspace_bytes(sizes, path), contents irrelevant before and after
 };

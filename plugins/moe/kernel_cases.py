@@ -52,6 +52,7 @@ class Case:
     router_type: str = "float32"
     weights: str = "float"
     block: int = 0
+    scales: str = "float16"  # of int4
     gain: float = 1.0  # on hidden_states; 60 takes gate * up beyond fp16
 
 
@@ -85,6 +86,7 @@ TYPES: tuple[dict[str, Any], ...] = (
     {"real": "float16", "weights": "float", "router_type": "float16"},
     {"real": "float16", "weights": "int8", "router_type": "float32"},
     {"real": "float16", "weights": "int4", "block": 32, "router_type": "float32"},
+    {"real": "bfloat16", "weights": "int4", "block": 32, "router_type": "float32", "scales": "bfloat16"},
 )
 # Blocks above 32, and the width of 26B-A4B (E 2816, F 704) in every format a build packs.
 _WIDE = Case(name="k8-width-26b", num_tokens=3, top_k=8, num_experts=10, hidden_size=2816, intermediate_size=704)
@@ -108,7 +110,8 @@ def cases() -> Iterator[Case]:
 
 
 def file_name(case: Case, mutant: str | None = None) -> str:
-    weights = case.weights + (f"x{case.block}" if case.block else "")
+    scales = "-bf16-scales" if case.scales == "bfloat16" else ""
+    weights = case.weights + (f"x{case.block}{scales}" if case.block else "")
     return f"{'mutant-' + mutant + '-' if mutant else ''}{case.real}-{weights}-{case.name}.case"
 
 
@@ -145,6 +148,7 @@ def _header(case: Case, mutant: str | None) -> Array:
         _WEIGHT_FORMATS[case.weights],
         case.block,
         int(mutant is not None),
+        _FLOAT_TYPES[case.scales],
     ]
     return np.array(fields + [0] * (16 - len(fields)), "<i8")
 
@@ -211,11 +215,11 @@ def _weights(generator: Generator, shape: tuple[int, int, int], case: Case) -> S
         return Stored((codes, scales), values, np.abs(values))
     codes = generator.integers(-8, 8, shape, dtype=np.int8)
     blocks = (*shape[:-1], shape[-1] // case.block)
-    scales = (size / 4.6 * generator.uniform(0.5, 1.5, blocks)).astype(np.float16)
-    spread = np.repeat(scales.astype(np.float64), case.block, axis=-1)
+    scales = _floats(size / 4.6 * generator.uniform(0.5, 1.5, blocks), case.scales)
+    spread = np.repeat(scales.values, case.block, axis=-1)
     nibbles = (codes & 15).astype(np.uint8)
     packed = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)  # low nibble first
-    return Stored((packed, scales), codes * spread, 144 * spread)
+    return Stored((packed, *scales.parts), codes * spread, 144 * spread)
 
 
 def _silu(x: Array) -> Array:

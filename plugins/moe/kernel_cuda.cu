@@ -35,7 +35,7 @@ __device__ float weight_at(const Weights& weights, int64_t row, int64_t k) {
   if (kFormat == WeightFormat::kInt4) {
     const int byte = static_cast<const uint8_t*>(weights.values)[i / 2];
     const int code = (((i & 1) ? byte >> 4 : byte & 15) ^ 8) - 8;
-    return code * __half2float(static_cast<const __half*>(weights.scales)[i >> weights.block_shift]);
+    return code * block_scale(weights, static_cast<const uint16_t*>(weights.scales)[i >> weights.block_shift]);
   }
   return to_float(static_cast<const Real*>(weights.values)[i]);
 }
@@ -159,8 +159,8 @@ cudaError_t launch(const MoeSizes& sizes, const MoeTypes& types, const MoeTensor
   while (int64_t{1} << block_shift < types.block) ++block_shift;
   const Router router{tensors.router_logits, tensors.per_expert_scale, types.router,
                       static_cast<int>(sizes.num_experts), top_k};
-  const Weights gate_up{tensors.gate_up_proj, tensors.gate_up_scales, 2 * F, E, block_shift};
-  const Weights down{tensors.down_proj, tensors.down_scales, E, F, block_shift};
+  const Weights gate_up{tensors.gate_up_proj, tensors.gate_up_scales, 2 * F, E, block_shift, types.scales};
+  const Weights down{tensors.down_proj, tensors.down_scales, E, F, block_shift, types.scales};
   const auto* hidden_states = static_cast<const Real*>(tensors.hidden_states);
   auto* output = static_cast<Real*>(tensors.output);
   const Workspace space = divide(tensors.workspace, sizes, path);
@@ -244,6 +244,9 @@ bool moe_check(const MoeSizes& sizes, const MoeTypes& types, char* message, size
         return refuse("block", expected, types.block);
       }
     }
+  }
+  if (types.weights == WeightFormat::kInt4 && types.scales == FloatType::kFloat32) {
+    return refuse("scales", "float16 or bfloat16 with int4", static_cast<int64_t>(types.scales));
   }
   if (types.weights != WeightFormat::kInt4 && types.block != 0) return refuse("block", "0 without int4", types.block);
   return true;

@@ -3,6 +3,7 @@
 //   python -m gemma4_export.plugins.moe.kernel_cases cases
 //   ./moe_driver limits                what the kernel refuses and in which words; needs no GPU
 //   ./moe_driver check cases/*.case    exit code 1 if any version is off
+//   ./moe_driver plugin LIBRARY cases/*.case    the same through the TensorRT shell's enqueue; no TensorRT needed
 //   ./moe_driver time [int4 [2048]]    26B-A4B size, after checking against the naive version
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -18,6 +19,9 @@
 #include <string>
 #include <vector>
 
+#include <dlfcn.h>
+
+#include "../common/tensorrt_plugin.h"
 #include "kernel.h"
 
 using namespace gemma4;
@@ -132,6 +136,9 @@ int limits() {
        "gemma4::Gemma4MoE block: expected 32, 64 or 128 that divides E = 2816, found 16"},
       {good, {FloatType::kBFloat16, FloatType::kFloat32, WeightFormat::kInt8, 32},
        "gemma4::Gemma4MoE block: expected 0 without int4, found 32"},
+      {good, {FloatType::kBFloat16, FloatType::kFloat32, WeightFormat::kInt4, 32, FloatType::kBFloat16}, ""},
+      {good, {FloatType::kBFloat16, FloatType::kFloat32, WeightFormat::kInt4, 32, FloatType::kFloat32},
+       "gemma4::Gemma4MoE scales: expected float16 or bfloat16 with int4, found 0"},
       {good, {FloatType::kFloat32, FloatType::kFloat32, WeightFormat::kFloat, 0},
        "gemma4::Gemma4MoE hidden_states: expected float16 or bfloat16, found 0"},
   };
@@ -166,7 +173,7 @@ CaseFile read_case(const char* path) {
   }
   CaseFile loaded{{header[1], header[2], header[3], header[4], header[5]},
                   {static_cast<FloatType>(header[6]), static_cast<FloatType>(header[7]),
-                   static_cast<WeightFormat>(header[8]), header[9]},
+                   static_cast<WeightFormat>(header[8]), header[9], static_cast<FloatType>(header[11])},
                   header[10] != 0,
                   {}};
   std::fseek(file, 0, SEEK_END);
@@ -206,7 +213,76 @@ Verdict compare(const CaseFile& file, const char* found, const double* expected,
   return verdict;
 }
 
-bool check_case(const char* path, bool is_verbose) {
+// The TensorRT shell, driven as a runtime drives it: creator, fields, shape change, enqueue with hand-made descriptors.
+class Shell {
+ public:
+  explicit Shell(const char* library) {
+    void* handle = dlopen(library, RTLD_NOW);
+    if (handle == nullptr) {
+      std::printf("%s\n", dlerror());
+      std::exit(1);
+    }
+    const auto get = reinterpret_cast<tensorrt::IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(handle, "getCreators"));
+    int32_t count = 0;
+    creator_ = static_cast<tensorrt::IPluginCreatorV3One*>(get(count)[0]);
+  }
+
+  int enqueue(const MoeSizes& s, const MoeTypes& types, const MoeTensors& t) const {
+    const int64_t top_k = s.top_k;  // as the parser gives attributes; block as an engine stores its fields
+    const int32_t block = static_cast<int32_t>(types.block);
+    const tensorrt::PluginField fields[] = {{"top_k", &top_k, tensorrt::PluginFieldType::kInt64, 1},
+                                            {"block", &block, tensorrt::PluginFieldType::kInt32, 1}};
+    const tensorrt::PluginFieldCollection collection{2, fields};
+    const std::unique_ptr<tensorrt::IPluginV3> made(
+        creator_->createPlugin("experts", &collection, tensorrt::Phase::kRuntime));
+    const std::unique_ptr<tensorrt::IPluginV3> plugin(made->clone());
+    auto* runtime = static_cast<tensorrt::IPluginV3OneRuntime*>(
+        plugin->getCapabilityInterface(tensorrt::Capability::kRuntime));
+    const bool quantised = types.weights != WeightFormat::kFloat;
+    const tensorrt::DataType real = data_type(types.real), router = data_type(types.router);
+    const tensorrt::DataType codes = !quantised                               ? real
+                                     : types.weights == WeightFormat::kInt4 ? tensorrt::DataType::kInt4
+                                                                              : tensorrt::DataType::kInt8;
+    const bool is_int4 = types.weights == WeightFormat::kInt4;
+    const tensorrt::DataType scales = is_int4 ? data_type(types.scales) : tensorrt::DataType::kFloat;
+    const int64_t T = s.num_tokens, E = s.hidden_size, X = s.num_experts, F = s.intermediate_size;
+    std::vector<tensorrt::PluginTensorDesc> descs = {
+        desc({1, T, E}, real), desc({1, T, X}, router), desc({X}, router), desc({X, 2 * F, E}, codes)};
+    std::vector<const void*> inputs = {t.hidden_states, t.router_logits, t.per_expert_scale, t.gate_up_proj};
+    if (quantised) {
+      descs.push_back(desc({X, 2 * F, is_int4 ? E / types.block : 1}, scales));
+      inputs.push_back(t.gate_up_scales);
+    }
+    descs.push_back(desc({X, E, F}, codes));
+    inputs.push_back(t.down_proj);
+    if (quantised) {
+      descs.push_back(desc({X, E, is_int4 ? F / types.block : 1}, scales));
+      inputs.push_back(t.down_scales);
+    }
+    const tensorrt::PluginTensorDesc output = desc({1, T, E}, real);
+    void* outputs[] = {t.output};
+    const int32_t count = static_cast<int32_t>(descs.size());
+    const int changed = runtime->onShapeChange(descs.data(), count, &output, 1);
+    return changed != 0 ? changed
+                        : runtime->enqueue(descs.data(), &output, inputs.data(), outputs, t.workspace, nullptr);
+  }
+
+ private:
+  static tensorrt::DataType data_type(FloatType type) {
+    return type == FloatType::kFloat32   ? tensorrt::DataType::kFloat
+           : type == FloatType::kFloat16 ? tensorrt::DataType::kHalf
+                                         : tensorrt::DataType::kBFloat16;
+  }
+  static tensorrt::PluginTensorDesc desc(const std::vector<int64_t>& sizes, tensorrt::DataType type) {
+    tensorrt::PluginTensorDesc made{{static_cast<int32_t>(sizes.size()), {}}, type, tensorrt::TensorFormat::kLinear, 1.0f};
+    std::copy(sizes.begin(), sizes.end(), made.dims.d);
+    return made;
+  }
+
+  tensorrt::IPluginCreatorV3One* creator_ = nullptr;
+};
+
+bool check_case(const char* path, bool is_verbose, const Shell* shell) {
   const CaseFile file = read_case(path);
   const MoeSizes& s = file.sizes;
   const size_t router = float_bytes(file.types.router);
@@ -236,14 +312,16 @@ bool check_case(const char* path, bool is_verbose) {
   std::memcpy(bound.data(), file.bytes.data() + offset + outputs * sizeof(double), outputs * sizeof(double));
 
   bool is_right = true;
-  for (const MoePath version : {MoePath::kNaive, MoePath::kFewTokens, MoePath::kManyTokens, MoePath::kAuto}) {
+  const std::vector<MoePath> all = {MoePath::kNaive, MoePath::kFewTokens, MoePath::kManyTokens, MoePath::kAuto};
+  for (const MoePath version : shell == nullptr ? all : std::vector<MoePath>{MoePath::kAuto}) {
     const Guarded output(outputs * 2), workspace(moe_workspace_bytes(s, version));
     const MoeTensors tensors{inputs[0]->data(), inputs[1]->data(), inputs[2]->data(), inputs[3]->data(),
                              inputs[4]->data(), inputs[5]->data(), inputs[6]->data(), output.data(), workspace.data()};
     std::vector<char> found[2];
     for (std::vector<char>& run : found) {
       CHECK(cudaMemset(output.data(), 0xFF, output.bytes()));  // NaN in both types
-      CHECK(moe_launch(s, file.types, tensors, version, nullptr));
+      CHECK(shell == nullptr ? moe_launch(s, file.types, tensors, version, nullptr)
+                             : shell->enqueue(s, file.types, tensors));
       CHECK(cudaDeviceSynchronize());
       run.resize(output.bytes());
       CHECK(cudaMemcpy(run.data(), output.data(), run.size(), cudaMemcpyDeviceToHost));
@@ -262,14 +340,15 @@ bool check_case(const char* path, bool is_verbose) {
   return is_right;
 }
 
-int check(int count, char** paths) {
+int check(int count, char** paths, const Shell* shell) {
   int wrong = 0, mutants = 0;
   for (int i = 0; i < count; ++i) {
     const bool is_mutant = std::strstr(paths[i], "mutant-") != nullptr;
     mutants += is_mutant;
-    wrong += !check_case(paths[i], /*is_verbose=*/is_mutant || std::strstr(paths[i], "width-26b") != nullptr);
+    wrong += !check_case(paths[i], /*is_verbose=*/is_mutant || std::strstr(paths[i], "width-26b") != nullptr, shell);
   }
-  std::printf("check: %d wrong of %d case files (%d of them mutants), 4 versions each\n", wrong, count, mutants);
+  std::printf("check: %d wrong of %d case files (%d of them mutants), %s\n", wrong, count, mutants,
+              shell == nullptr ? "4 versions each" : "through the TensorRT shell");
   return wrong != 0;
 }
 
@@ -499,8 +578,12 @@ int time_all(const std::string& only, int64_t most_tokens) {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "limits") return limits();
-  if (mode == "check" && argc > 2) return check(argc - 2, argv + 2);
+  if (mode == "check" && argc > 2) return check(argc - 2, argv + 2, nullptr);
+  if (mode == "plugin" && argc > 3) {
+    const Shell shell(argv[2]);
+    return check(argc - 3, argv + 3, &shell);
+  }
   if (mode == "time") return time_all(argc > 2 ? argv[2] : "", argc > 3 ? std::atoll(argv[3]) : kMostTokens);
-  std::printf("usage: %s limits | check CASE... | time [int4|int8|bf16 [MOST_TOKENS]]\n", argv[0]);
+  std::printf("usage: %s limits | check CASE... | plugin LIBRARY CASE... | time [int4|int8|bf16 [MOST_TOKENS]]\n", argv[0]);
   return 2;
 }

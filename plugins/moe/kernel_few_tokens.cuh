@@ -78,7 +78,7 @@ __device__ void add_word(const uint32_t (&word)[kRows], int w, const float4* x, 
 template <int kSteps, int kRows>
 struct Flight {
   uint4 chunks[kSteps][kRows];
-  __half scales[kSteps][kRows];
+  uint16_t scales[kSteps][kRows];
 };
 
 // The dot product runs over segments, each one row's K weights: gate/up has one, down one per chosen expert.
@@ -102,13 +102,13 @@ __device__ void take_off(Flight<kSteps, kRows>& flight, const Weights& weights, 
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       flight.chunks[s][r] = make_uint4(0, 0, 0, 0);
-      flight.scales[s][r] = __float2half_rn(0.0f);
+      flight.scales[s][r] = 0;
       if (chunk < num_chunks) {
         const int64_t row = row_of(segment, r);
         flight.chunks[s][r] = __ldcs(static_cast<const uint4*>(weights.values) + row * chunks_per_row + within);
         if constexpr (kIsInt4<kFormat>) {
           const int64_t first_code = row * weights.k + within * kPerChunk<kFormat>;
-          flight.scales[s][r] = static_cast<const __half*>(weights.scales)[first_code >> weights.block_shift];
+          flight.scales[s][r] = static_cast<const uint16_t*>(weights.scales)[first_code >> weights.block_shift];
         }
       }
     }
@@ -139,7 +139,9 @@ __device__ void land(const Flight<kSteps, kRows>& flight, const Weights& weights
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kIsInt4<kFormat>) dots[r] = (dots[r] - chunk_sums[chunk]) * __half2float(flight.scales[s][r]);
+      if constexpr (kIsInt4<kFormat>) {
+        dots[r] = (dots[r] - chunk_sums[chunk]) * block_scale(weights, flight.scales[s][r]);
+      }
       if constexpr (kFormat == WeightFormat::kInt8) {
         const int segment = segment_of<kFormat, kSegments>(chunk, weights.k / kPerChunk<kFormat>);
         dots[r] *= static_cast<const float*>(weights.scales)[row_of(segment, r)];

@@ -196,9 +196,9 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         const int k = k0 + g * kScaleGroup;
-        next_scales[g] = row >= 0 && k < weights.k ? __half2float(static_cast<const __half*>(
-                                                         weights.scales)[(row * weights.k + k) >> weights.block_shift])
-                                                   : 0.0f;
+        const auto* scales = static_cast<const uint16_t*>(weights.scales);
+        const bool is_inside = row >= 0 && k < weights.k;
+        next_scales[g] = is_inside ? block_scale(weights, scales[(row * weights.k + k) >> weights.block_shift]) : 0.0f;
       }
     }
   };

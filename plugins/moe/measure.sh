@@ -12,9 +12,15 @@ nvcc -O3 -std=c++17 -gencode "arch=compute_$architecture,code=sm_$architecture" 
 wait $!
 "$folder/moe_driver" limits
 "$folder/moe_driver" check "$folder"/cases/*.case
+nvcc -O3 -std=c++17 -shared -Xcompiler -fPIC,-fvisibility=hidden \
+    -gencode "arch=compute_$architecture,code=sm_$architecture" \
+    plugins/moe/trt_plugin.cpp plugins/moe/kernel_cuda.cu -o "$folder/libgemma4_plugins.so"
+"$folder/moe_driver" plugin "$folder/libgemma4_plugins.so" "$folder"/cases/*.case
 "$folder/moe_driver" time
 for tool in memcheck initcheck racecheck; do
     echo "compute-sanitizer $tool"
     compute-sanitizer --tool $tool --error-exitcode 1 "$folder/moe_driver" check \
+        "$folder"/cases/*-k8-seven-tokens.case "$folder"/cases/*-k4-nan-logit.case
+    compute-sanitizer --tool $tool --error-exitcode 1 "$folder/moe_driver" plugin "$folder/libgemma4_plugins.so" \
         "$folder"/cases/*-k8-seven-tokens.case "$folder"/cases/*-k4-nan-logit.case
 done
