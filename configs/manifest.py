@@ -58,13 +58,14 @@ class ScalesEntry:
 class TableEntry:
     """Rows that the host gathers: the embedding of token i is row i times ``scale``, in float32.
 
-    ``format`` is float32, bfloat16, int8, int8/BLOCK or int4/BLOCK (``configs/formats.py``). Codes are stored unsigned,
-    8 or 128 above their signed value, because the decoder's head may read the same bytes.
+    ``format`` is float32, bfloat16, int8, int8/BLOCK or int4/BLOCK (``configs/formats.py``). The decoder's head may
+    read the same bytes, so codes are stored as its backend takes them: signed, or unsigned, 8 or 128 above that.
     """
 
     file: str
     format: str
     offset: int
+    has_signed_codes: bool
     scales: ScalesEntry | None
     rows: int
     columns: int
@@ -99,7 +100,7 @@ class CensusEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheEntry:
-    """The KV cache of one layer that owns one: key and value [1, num_kv_heads, slots, head_dim] float32 each."""
+    """The KV cache of one layer that owns one: key and value [1, num_kv_heads, slots, head_dim] each."""
 
     layer: int
     kind: Literal["sliding", "global"]
@@ -113,16 +114,17 @@ class CacheEntry:
 class KVLayout:
     """``sliding_slots`` = sliding_window - 1 + the longest chunk; global caches grow by buckets up to the context."""
 
+    dtype: Literal["float32", "float16", "bfloat16"]
     sliding_window: int | None
     sliding_slots: int
     global_bucket: int
     caches: list[CacheEntry]
 
     def num_bytes(self, global_slots: int) -> int:
-        """Bytes of all caches, keys and values in float32, when the global ones have ``global_slots`` slots."""
+        """Bytes of all caches, keys and values, when the global ones have ``global_slots`` slots."""
         return sum(
             2
-            * 4
+            * (4 if self.dtype == "float32" else 2)
             * cache.num_kv_heads
             * cache.head_dim
             * (self.sliding_slots if cache.kind == "sliding" else global_slots)
@@ -168,6 +170,36 @@ class VerifyEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupEntry:
+    """Layers ``first`` to ``last`` of the decoder as a graph that is compiled into one engine.
+
+    The head counts as the layer after the last. ``profiles``: name -> input -> its least, best and largest shape;
+    inputs of one size are not listed. Inputs and outputs that ``configs/names.py`` does not list are
+    ``hidden_states.N``, from group to group. A group that reads caches of an earlier one runs on the same buffers.
+    """
+
+    file: str
+    first: int
+    last: int
+    weight_bytes: int
+    inputs: list[str]
+    outputs: list[str]
+    profiles: dict[str, dict[str, list[list[int]]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginesEntry:
+    """What is compiled for a GPU. ``phases``: the groups in order, for every call or apart for decoding and prefill."""
+
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    compute_capability: str
+    float_type: Literal["float32", "float16", "bfloat16"]
+    experts: Literal["plugin", "builtin"]
+    """Who computes Gemma4MoE nodes, where there are any."""
+    phases: dict[str, list[GroupEntry]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything about an artifact that is not in its other files."""
 
@@ -177,8 +209,8 @@ class Manifest:
     recipe: str
     has_dummy_weights: bool
     """Random weights, for sizes and speed only: what it says means nothing."""
-    activations: Literal["int8", "fp32"]
-    """What quantised matrices are multiplied with: activations rounded to int8 per block, or float32."""
+    activations: Literal["int8", "fp32", "fp16", "bf16"]
+    """What quantised matrices are multiplied with: activations rounded to int8 per block, or floats of this type."""
     census: dict[str, CensusEntry]
     """By role."""
     context: int
@@ -191,6 +223,8 @@ class Manifest:
     embed_tokens: TableEntry
     embed_tokens_per_layer: TableEntry | None
     graphs: dict[str, GraphEntry]
+    """What a backend loads as it is; ``decoder`` unless there are engines."""
+    engines: EnginesEntry | None
     verify: VerifyEntry
     not_packed: list[str]
     """Checkpoint tensors that this version knows and leaves out (vision and audio towers)."""
@@ -227,6 +261,8 @@ class Manifest:
         paths += [manifest.verify.oracle, *(graph.file for graph in manifest.verify.graphs.values())]
         if manifest.embed_tokens_per_layer:
             paths.append(manifest.embed_tokens_per_layer.file)
+        if manifest.engines:
+            paths += [group.file for groups in manifest.engines.phases.values() for group in groups]
         for path in paths:
             check_inside(path)
             if path not in manifest.files:
@@ -272,7 +308,7 @@ def _check_numbers(manifest: Manifest) -> None:
     promises = [
         (min(thetas) > 0, f"rope theta {min(thetas)}: expected above 0"),
         (context <= model.max_position_embeddings, f"context {context} of {model.max_position_embeddings} positions"),
-        ("decoder" in manifest.graphs, "graphs: no decoder"),
+        ("decoder" in manifest.graphs or manifest.engines is not None, "graphs: no decoder"),
         (1 <= chunk <= context, f"chunk {chunk} of context {context}: expected 1 <= chunk <= context"),
         (kv.sliding_window != 0 and kv.global_bucket > 0, "kv: sliding_window and global_bucket must be above 0"),
         (

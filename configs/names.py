@@ -171,6 +171,17 @@ def decoder_inputs(config: ModelConfig) -> list[str]:
     return names
 
 
+SLIDING_START = "sliding_start"
+GLOBAL_SLOTS = "global_slots"
+"""[S] int32, 0 to S - 1: the slots of global caches that an engine reads, at least ``max(global_end)`` of them."""
+LOGIT_BIAS = "logit_bias"
+"""[1, V] float32, added to an engine's logits before the best are taken; -inf rules an id out."""
+MERGED_PER_LAYER_INPUTS = "merged_per_layer_inputs"
+"""[1, T, L, P] float32, from an engine's first group to the others."""
+ENGINE_OUTPUTS = ("top_logits", "top_ids", "logsumexp")
+"""[R, 64] float32, [R, 64] int64 and [R, 1] float32: the best logits, falling, and the log of the sum of all exps."""
+
+
 def decoder_outputs(config: ModelConfig) -> list[str]:
     """``logits`` [R, V] float32, then the caches with this call's tokens written, bound in place of the inputs."""
     names = ["logits"]

@@ -4,14 +4,51 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.toml import check_keys, load_named, names_in
 
+FloatType = Literal["float32", "float16", "bfloat16"]
+EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
+BuiltBackend = Literal["ort-cpu", "tensorrt", "tensorrt-rtx"]
 BACKENDS = ("ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx")
-BUILT_BACKEND = "ort-cpu"
-"""The only one that this version lowers to and runs."""
+BUILT_BACKENDS: tuple[BuiltBackend, ...] = get_args(BuiltBackend)
+"""Those that this version lowers to. All but ``ort-cpu`` compile engines from what they get."""
+RUN_BACKEND = "ort-cpu"
+"""The only one that this version runs."""
 _FOLDER = Path(__file__).parent / "targets"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Sizes that an engine is tuned for, each (min, opt, max): T tokens of a call, and S slots of global caches read.
+
+    Scores of global layers take Hq * T * S values of scratch, so profiles bound the product.
+    """
+
+    name: str
+    tokens: tuple[int, int, int]
+    slots: tuple[int, int, int]
+
+
+def engine_profiles(*, chunk: int, context: int) -> tuple[Profile, ...]:
+    """Decoding one token anywhere, and prefill in calls that get shorter as the sequence gets longer.
+
+    A shorter chunk or context makes profiles equal; each is listed once, under the first name.
+    """
+    wanted = (
+        ("decode", 1, 4096, context),
+        ("prefill", chunk, 4096, 8192),
+        ("prefill-32k", 128, 16384, 32768),
+        ("prefill-long", 16, 65536, context),
+    )
+    profiles: dict[tuple[int, int], Profile] = {}
+    for name, tokens, usual, slots in wanted:
+        longest, most = min(tokens, chunk), min(slots, context)
+        sizes = ((1, min(512, longest), longest), (1, min(usual, most), most))
+        profiles.setdefault((longest, most), Profile(name=name, tokens=sizes[0], slots=sizes[1]))
+    return tuple(profiles.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +65,13 @@ class Target:
     memory_bytes: int | None
     """Of the device; None: the machine's own."""
     bandwidth_bytes_per_s: int | None
+    float_type: FloatType
+    """What matrix products, attention and caches are computed in."""
+
+    @property
+    def built_backend(self) -> BuiltBackend | None:
+        """The best of the target's backends that this version lowers to."""
+        return min((known for known in BUILT_BACKENDS if known in self.backends), key=self.backends.index, default=None)
 
 
 def target_names() -> list[str]:
@@ -41,7 +85,7 @@ def load_target(name: str) -> Target:
         ConfigError: there is none, or its file is wrong; the hint names the nearest.
     """
     values, where = load_named(_FOLDER, name, "target"), f"targets/{name}.toml"
-    optional = {"compute_capability", "memory_bytes", "bandwidth_bytes_per_s"}
+    optional = {"compute_capability", "memory_bytes", "bandwidth_bytes_per_s", "float_type"}
     check_keys(values, {"name", "title", "backends", "chunk"}, optional, where)
     unknown = [backend for backend in values["backends"] if backend not in BACKENDS]
     if unknown or values["name"] != name or values["chunk"] < 1:
@@ -57,7 +101,15 @@ def load_target(name: str) -> Target:
         compute_capability=values.get("compute_capability"),
         memory_bytes=values.get("memory_bytes"),
         bandwidth_bytes_per_s=values.get("bandwidth_bytes_per_s"),
+        float_type=_float_type(values.get("float_type", "float32"), where),
     )
+
+
+def _float_type(value: Any, where: str) -> FloatType:
+    for known in get_args(FloatType):
+        if value == known:
+            return known  # type: ignore[no-any-return]
+    raise ConfigError(f"{where}: float_type {value!r}", hint=f"one of {', '.join(get_args(FloatType))}")
 
 
 def check_buildable(target: Target) -> None:
@@ -66,8 +118,9 @@ def check_buildable(target: Target) -> None:
     Raises:
         ConfigError: the target's backends do not exist yet.
     """
-    if BUILT_BACKEND not in target.backends:
+    if target.built_backend is None:
         raise ConfigError(
-            f"target {target.name} runs {' or '.join(target.backends)}; this version builds {BUILT_BACKEND} only",
+            f"target {target.name} runs {' or '.join(target.backends)}; "
+            f"this version builds {', '.join(BUILT_BACKENDS)} only",
             hint="--target cpu builds a folder that runs on any machine's processor",
         )

@@ -22,6 +22,7 @@ from gemma4_export.configs.manifest import (
     MANIFEST_NAME,
     CacheEntry,
     CensusEntry,
+    EnginesEntry,
     FileEntry,
     GraphEntry,
     KVLayout,
@@ -34,16 +35,18 @@ from gemma4_export.configs.manifest import (
 )
 from gemma4_export.configs.model import ModelConfig, RopeConfig
 from gemma4_export.configs.recipe import Recipe
-from gemma4_export.configs.target import BUILT_BACKEND, Target, check_buildable
+from gemma4_export.configs.target import FloatType, Target, check_buildable
+from gemma4_export.exporter.engine_graphs import EngineTarget, Experts, write_engine_graphs
 from gemma4_export.exporter.lower import lower_ort_cpu
 from gemma4_export.exporter.memory import load_peak_bytes
 from gemma4_export.exporter.oracle import encode_prompts, record_oracle
 from gemma4_export.exporter.package import hash_files, partial_folder
 from gemma4_export.exporter.passes.matmul import Activations
+from gemma4_export.exporter.split_groups import MAX_GROUP_BYTES
 from gemma4_export.exporter.tokenizer_files import CHAT_TEMPLATE
 from gemma4_export.exporter.trace import trace_decoder
 from gemma4_export.exporter.verify_graphs import write_verify_graphs
-from gemma4_export.exporter.weights import PlacedWeight, Placement, place_weights
+from gemma4_export.exporter.weights import Packing, PlacedWeight, Placement, place_weights
 from gemma4_export.exporter.write import (
     WeightSource,
     WeightStats,
@@ -55,6 +58,12 @@ from gemma4_export.exporter.write import (
 TOKENIZER_FOLDER = "tokenizer"
 DECODER_FILE = f"{GRAPHS_FOLDER}/decoder.onnx"
 GLOBAL_BUCKET = 256  # slots; onnxruntime's attention reads a linear cache whole, so it starts small and doubles
+
+_ENGINE_ACTIVATIONS: dict[FloatType, Literal["fp32", "fp16", "bf16"]] = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+}
 
 Stage = Literal["download", "trace", "weights", "oracle", "package"]
 OnProgress = Callable[[Stage, str, int, int], None]
@@ -72,6 +81,16 @@ class BuildOptions:
     has_dummy_weights: bool
     context: int
     chunk: int
+    float_type: FloatType
+    """What matrix products and caches are computed in."""
+    experts: Experts
+    """Of engines: who computes routed experts."""
+    max_group_bytes: int = MAX_GROUP_BYTES
+    """Of engines: weights that are built into one."""
+
+    @property
+    def has_engines(self) -> bool:
+        return self.target.built_backend not in (None, "ort-cpu")
 
 
 def resolve_options(
@@ -84,6 +103,7 @@ def resolve_options(
     has_dummy_weights: bool = False,
     context: int | None = None,
     chunk: int | None = None,
+    experts: Experts = "plugin",
 ) -> BuildOptions:
     """Fill in what the user left open, and refuse what cannot be built.
 
@@ -100,6 +120,8 @@ def resolve_options(
         has_dummy_weights=has_dummy_weights,
         context=context,
         chunk=chunk,
+        float_type=target.float_type,
+        experts=experts,
     )
 
 
@@ -133,15 +155,16 @@ def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_pr
         CheckpointError: a weight file is damaged.
     """
     config = source.config
-    placement = place_weights(source.specs.values(), options.recipe, wide_scales=source.wide_scales)
+    packing: Packing = "tensorrt" if options.has_engines else "ort-cpu"
+    placement = place_weights(source.specs.values(), options.recipe, wide_scales=source.wide_scales, packing=packing)
     with partial_folder(out) as work:
         source.write_tokenizer(work / TOKENIZER_FOLDER)
         on_progress("trace", f"{config.num_layers} layers on fake tensors", 0, 1)
-        model = lower_ort_cpu(trace_decoder(config), placement, activations=options.activations)
+        traced = trace_decoder(config)
         (work / GRAPHS_FOLDER).mkdir(exist_ok=True)
-        ir.save(model, work / DECODER_FILE)
-        verify_graphs = write_verify_graphs(config, placement, work)
-        on_progress("trace", f"{len(model.graph)} nodes", 1, 1)
+        graphs, engines = _write_graphs(traced, config, options, placement, work)
+        verify_graphs = {} if engines else write_verify_graphs(config, placement, work)
+        on_progress("trace", f"{len(traced.graph)} nodes", 1, 1)
 
         sources = source.sources()
         total, done = sum(w.placed.code_bytes + w.placed.scale_bytes for w in placement.stored), 0
@@ -169,11 +192,41 @@ def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_pr
         known = {file: FileEntry(bytes=size, sha256=digest) for file, (size, digest) in written.files.items()}
         files = hash_files(work, known)
         manifest = _manifest(
-            source, options, placement, roles, files=files, sources=sources, verify_graphs=verify_graphs
+            source,
+            options,
+            placement,
+            roles,
+            graphs=graphs,
+            engines=engines,
+            files=files,
+            sources=sources,
+            verify_graphs=verify_graphs,
         )
         (work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         on_progress("package", "done", 1, 1)
     return manifest
+
+
+def _write_graphs(
+    traced: ir.Model, config: ModelConfig, options: BuildOptions, placement: Placement, work: Path
+) -> tuple[dict[str, GraphEntry], EnginesEntry | None]:
+    """Lower and write what the target's backend loads or compiles. ``traced`` may be consumed."""
+    backend, target = options.target.built_backend, options.target
+    if backend == "ort-cpu":
+        ir.save(lower_ort_cpu(traced, placement, activations=options.activations), work / DECODER_FILE)
+        inputs, outputs = names.decoder_inputs(config), names.decoder_outputs(config)
+        return {"decoder": GraphEntry(file=DECODER_FILE, backend=backend, inputs=inputs, outputs=outputs)}, None
+    assert backend is not None, f"{target.name}: check_buildable let it through"
+    assert target.compute_capability is not None, f"{target.name}: engines are for a compute capability"
+    engine_target = EngineTarget(
+        backend=backend,
+        compute_capability=target.compute_capability,
+        float_type=options.float_type,
+        experts=options.experts,
+        max_group_bytes=options.max_group_bytes,
+    )
+    layout, lengths = kv_layout(config, options), {"chunk": options.chunk, "context": options.context}
+    return {}, write_engine_graphs(traced, config, placement, layout, engine_target, **lengths, folder=work)
 
 
 def _manifest(
@@ -182,6 +235,8 @@ def _manifest(
     placement: Placement,
     roles: dict[str, CensusEntry],
     *,
+    graphs: dict[str, GraphEntry],
+    engines: EnginesEntry | None,
     files: dict[str, FileEntry],
     sources: dict[str, FileEntry],
     verify_graphs: dict[str, GraphEntry],
@@ -208,7 +263,7 @@ def _manifest(
         target=options.target.name,
         recipe=options.recipe.name,
         has_dummy_weights=options.has_dummy_weights,
-        activations=options.activations,
+        activations=_ENGINE_ACTIVATIONS[options.float_type] if engines else options.activations,
         census=roles,
         context=options.context,
         chunk=options.chunk,
@@ -217,18 +272,12 @@ def _manifest(
         kv=kv_layout(config, options),
         embed_tokens=_table(weights[names.EMBED_TOKENS], scale=config.hidden_size),
         embed_tokens_per_layer=_table(weights[names.EMBED_TOKENS_PER_LAYER], scale=ple) if ple else None,
-        graphs={
-            "decoder": GraphEntry(
-                file=DECODER_FILE,
-                backend=BUILT_BACKEND,
-                inputs=names.decoder_inputs(config),
-                outputs=names.decoder_outputs(config),
-            )
-        },
+        graphs=graphs,
+        engines=engines,
         verify=VerifyEntry(
             oracle=ORACLE_FILE,
             graphs=verify_graphs,
-            load_peak_bytes=load_peak_bytes(placement, is_cpu=True),
+            load_peak_bytes=load_peak_bytes(placement, is_cpu=engines is None),
         ),
         not_packed=list(source.not_packed),
         versions=_versions(),
@@ -244,9 +293,11 @@ def _rope_entry(rope: RopeConfig) -> RopeEntry:
 def kv_layout(config: ModelConfig, options: BuildOptions) -> KVLayout:
     window = config.sliding_window
     return KVLayout(
+        dtype=options.float_type,
         sliding_window=window,
         sliding_slots=0 if window is None else window - 1 + options.chunk,
-        global_bucket=min(GLOBAL_BUCKET, options.context),
+        # An engine's caches are allocated once: TensorRT wants their size static.
+        global_bucket=options.context if options.has_engines else min(GLOBAL_BUCKET, options.context),
         caches=[
             CacheEntry(
                 layer=layer.index,
@@ -268,6 +319,7 @@ def _table(weight: PlacedWeight, *, scale: int) -> TableEntry:
         file=weight.file,
         format=str(weight.format),
         offset=weight.offset,
+        has_signed_codes=weight.has_signed_codes,
         scales=None if scales is None else ScalesEntry(scales.offset, scales.dtype, scales.per_row),
         rows=rows,
         columns=columns,
@@ -312,5 +364,11 @@ def _build_key(options: BuildOptions, weight_paths: Sequence[Path], sources: dic
     """
     formats = {role: str(form) for role, form in options.recipe.formats.items()}
     changed = [path.stat().st_mtime_ns for path in weight_paths]
-    parts = [formats, {name: asdict(entry) for name, entry in sources.items()}, changed, _versions()]
+    parts = [
+        formats,
+        options.has_engines,
+        {name: asdict(entry) for name, entry in sources.items()},
+        changed,
+        _versions(),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -72,6 +72,8 @@ def resolve_plan(
         has_dummy_weights=dummy,
         context=context,
         chunk=chunk,
+        float_type=target.float_type,
+        experts="plugin",
     )
 
 
@@ -80,14 +82,14 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
     config, target = model.config, options.target
     placement = place_weights(decoder_tensors(config).values(), options.recipe)
     is_cpu = "ort-cpu" in target.backends
-    kv_item = 4 if is_cpu else 2  # ort-cpu computes in float32, GPUs in 16 bits
     layout = kv_layout(config, options)
+    kv_item = 4 if layout.dtype == "float32" else 2
     weights = sum(held_bytes(weight, placement, is_cpu=is_cpu) for weight in placement.stored)
     memory = target.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     scratch = _scratch_bytes(config, options.chunk)
     room = memory - PROCESS_BYTES - weights - scratch
     artifact = sum(placement.num_bytes.values()) + _OTHER_FILES_BYTES
-    kv = layout.num_bytes(options.context) * kv_item // 4
+    kv = layout.num_bytes(options.context)
     moe = config.layers[0].moe
     per_token = step_bytes(
         cpu_matrix_bytes(_roles(placement)) if is_cpu else _gpu_matrix_bytes(placement),
@@ -114,7 +116,7 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
         scratch_bytes=scratch,
         load_peak_bytes=load_peak_bytes(placement, is_cpu=is_cpu),
         memory_bytes=memory,
-        longest_context=_longest_context(layout, room, kv_item, config.max_position_embeddings),
+        longest_context=_longest_context(layout, room, config.max_position_embeddings),
         bytes_per_token=per_token,
         decode_limit_tokens_per_s=None if bandwidth is None else bandwidth / per_token,
     )
@@ -187,7 +189,7 @@ def _scratch_bytes(config: ModelConfig, chunk: int) -> int:
     return 4 * (chunk * (4 * config.hidden_size + 3 * width + 4 * heads) + 2 * config.vocab_size)
 
 
-def _longest_context(layout: KVLayout, room: int, item: int, maximum: int) -> int:
-    fixed = layout.num_bytes(0) * item // 4
-    per_token = (layout.num_bytes(1) - layout.num_bytes(0)) * item // 4
+def _longest_context(layout: KVLayout, room: int, maximum: int) -> int:
+    fixed = layout.num_bytes(0)
+    per_token = layout.num_bytes(1) - fixed
     return max(0, min(maximum, (room - fixed) // per_token)) if room > fixed else 0

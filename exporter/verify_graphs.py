@@ -16,7 +16,7 @@ from gemma4_export.configs.evidence import VERIFY_GRAPHS_FOLDER
 from gemma4_export.configs.manifest import GraphEntry
 from gemma4_export.configs.model import LayerConfig, ModelConfig
 from gemma4_export.configs.names import LM_HEAD
-from gemma4_export.configs.target import BUILT_BACKEND
+from gemma4_export.configs.target import RUN_BACKEND
 from gemma4_export.exporter.lower import lower_ort_cpu
 from gemma4_export.exporter.trace import trace_head, trace_layer, trace_per_layer_inputs
 from gemma4_export.exporter.weights import PlacedWeight, Placement
@@ -35,7 +35,7 @@ def write_verify_graphs(config: ModelConfig, placement: Placement, folder: Path)
         ir.save(model, folder / path)
         entries[name] = GraphEntry(
             file=path,
-            backend=BUILT_BACKEND,
+            backend=RUN_BACKEND,
             inputs=[str(value.name) for value in model.graph.inputs],
             outputs=[str(value.name) for value in model.graph.outputs],
         )

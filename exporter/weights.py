@@ -24,6 +24,9 @@ _FILES = {
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector load of a CPU
 _ITEM_BYTES = {"float16": 2, "float32": 4}
 
+Packing = Literal["ort-cpu", "tensorrt"]
+"""``ort-cpu``: what MatMulNBits reads. ``tensorrt``: canonical codes and scales, which DequantizeLinear reads."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedScales:
@@ -43,6 +46,8 @@ class PlacedWeight:
     format: WeightFormat
     shape: tuple[int, ...]
     scales: PlacedScales | None = None
+    has_signed_codes: bool = False
+    """Codes as ``quantize.py`` makes them; else 8 (int4) or 128 (int8) above."""
 
     @property
     def row_shape(self) -> tuple[int, int]:
@@ -97,8 +102,10 @@ class Placement:
         return sizes
 
 
-def place_weights(specs: Iterable[TensorSpec], recipe: Recipe, *, wide_scales: Collection[str] = ()) -> Placement:
-    """Lay out an ``ort-cpu`` artifact.
+def place_weights(
+    specs: Iterable[TensorSpec], recipe: Recipe, *, wide_scales: Collection[str] = (), packing: Packing = "ort-cpu"
+) -> Placement:
+    """Lay out an artifact for one kind of backend.
 
     Where head and token table have one format, one copy serves both. Each expert of a fused weight is listed as well,
     as a slice of it.
@@ -115,8 +122,10 @@ def place_weights(specs: Iterable[TensorSpec], recipe: Recipe, *, wide_scales: C
     def place(name: str, source: TensorSpec, role: Role, *, is_matrix: bool) -> None:
         form, file = recipe.format_of(role), _FILES.get(name, _DECODER_FILE)
         form.check_columns(source.row_shape[1], f"{role}, {name}")
+        is_matrix = is_matrix and packing == "ort-cpu"
         has_wide_scales = is_matrix or source.name in wide_scales
         placed = _place(file, ends, form, source.shape, is_matrix=is_matrix, has_wide_scales=has_wide_scales)
+        placed = replace(placed, has_signed_codes=form.is_quantized and packing == "tensorrt")
         stored.append(StoredWeight(name=name, source=source.name, role=role, placed=placed))
         weights[name] = placed
 

@@ -199,7 +199,8 @@ def _convert(rows: Array | QuantizedRows, placed: PlacedWeight, name: str) -> _S
         assert not kept or np.array_equal(scales, quantized.scales), f"{name}: {placed.scales.dtype} rounds its scales"
     else:
         scales = matmul_scales(quantized, columns)
-    return _Slice(offset_codes(quantized), np.ascontiguousarray(scales), stats)
+    codes = quantized.codes if placed.has_signed_codes else offset_codes(quantized)
+    return _Slice(np.ascontiguousarray(codes), np.ascontiguousarray(scales), stats)
 
 
 def _squares(values: Float32) -> float:

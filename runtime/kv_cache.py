@@ -15,8 +15,10 @@ import numpy as np
 from gemma4_export.configs.errors import ContractError
 from gemma4_export.configs.manifest import CacheEntry, KVLayout
 
-Float32 = np.ndarray[Any, np.dtype[np.float32]]
+Array = np.ndarray[Any, np.dtype[Any]]
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
+
+_STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,10 @@ class CallSlots:
 
 
 class KVCache:
-    """The keys and values of one sequence, [1, Hkv, slots, D] float32 per layer that owns its KV."""
+    """The keys and values of one sequence, [1, Hkv, slots, D] per layer that owns its KV.
+
+    Buffers only hold and move values, so bfloat16, which NumPy has not, lies in them as the uint16 of its bits.
+    """
 
     def __init__(self, layout: KVLayout, context: int) -> None:
         self.layout, self.context = layout, context
@@ -99,10 +104,11 @@ class KVCache:
         self.length = length
         return True
 
-    def _allocate(self, entry: CacheEntry) -> tuple[Float32, Float32]:
+    def _allocate(self, entry: CacheEntry) -> tuple[Array, Array]:
         slots = self.layout.sliding_slots if entry.kind == "sliding" else self._global_slots
         shape = (1, entry.num_kv_heads, slots, entry.head_dim)
-        return np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        dtype = _STORED[self.layout.dtype]
+        return np.zeros(shape, dtype), np.zeros(shape, dtype)
 
     def _compact(self, keep: int) -> None:
         """Move the newest ``keep`` entries of every sliding buffer to slot 0 (source and target may overlap)."""
@@ -128,7 +134,7 @@ class KVCache:
         self.num_reallocations += 1
 
 
-def move_slots(buffer: Float32, first: int, count: int) -> None:
+def move_slots(buffer: Array, first: int, count: int) -> None:
     """Move slots ``first … first + count - 1`` of [1, Hkv, slots, D] to slot 0, in place, head by head."""
     for head in buffer[0]:
         # NumPy copies through scratch where the two runs overlap.

@@ -10,7 +10,7 @@ import numpy as np
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ArtifactError
 from gemma4_export.configs.manifest import Manifest
-from gemma4_export.configs.target import BUILT_BACKEND
+from gemma4_export.configs.target import RUN_BACKEND
 from gemma4_export.runtime.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -39,10 +39,17 @@ def open_session(
         ArtifactError: this version has no such backend, the backend's library is missing, or the manifest describes
             another graph.
     """
-    graph = artifact.manifest.graphs["decoder"]
-    if graph.backend != BUILT_BACKEND:
+    graph = artifact.manifest.graphs.get("decoder")
+    if graph is None:
+        assert artifact.manifest.engines is not None  # the manifest was checked: it has one or the other
         raise ArtifactError(
-            f"graphs.decoder: this version cannot run backend {graph.backend!r}, only {BUILT_BACKEND}",
+            f"{artifact.folder}: for {artifact.manifest.engines.backend} engines; this version cannot run them yet, "
+            f"only {RUN_BACKEND}",
+            hint="build the model for --target cpu",
+        )
+    if graph.backend != RUN_BACKEND:
+        raise ArtifactError(
+            f"graphs.decoder: this version cannot run backend {graph.backend!r}, only {RUN_BACKEND}",
             hint="build the model for --target cpu",
         )
     from gemma4_export.runtime.session_ort import OrtSession

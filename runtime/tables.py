@@ -26,6 +26,7 @@ class EmbeddingTable:
         row_items = self._format.row_bytes(entry.columns) // dtype.itemsize
         path = artifact.path(entry.file)
         self._rows = np.memmap(path, dtype, mode="r", offset=entry.offset, shape=(entry.rows, row_items))
+        self._has_signed_codes = entry.has_signed_codes
         self._scales: Array | None = None
         if entry.scales is not None:
             shape = (entry.rows, entry.scales.per_row)
@@ -40,7 +41,10 @@ class EmbeddingTable:
             values = (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
         else:
             assert self._scales is not None
-            values = _dequantize(rows, self._scales[ids], is_int4=self._format.kind == "int4")
+            is_int4 = self._format.kind == "int4"
+            if self._has_signed_codes:  # flipping the sign bit adds 8 (or 128)
+                rows = rows ^ np.uint8(0x88 if is_int4 else 0x80)
+            values = _dequantize(rows, self._scales[ids], is_int4=is_int4)
         return np.asarray(values * self._scale, np.float32)
 
 

@@ -81,6 +81,11 @@ def verify(
 
 def _check_backend(manifest: Manifest, backend: str | None) -> str:
     packed = sorted({graph.backend for graph in manifest.verify.graphs.values()})
+    if not packed:
+        raise ArtifactError(
+            "no graphs to verify with: this artifact is for engines, which this version cannot verify yet",
+            hint="build the model for --target cpu",
+        )
     if backend is not None and backend not in packed:
         raise ConfigError(
             f"--backend {backend}: this artifact was packed for {', '.join(packed)}", hint=f"--backend {packed[0]}"

@@ -31,8 +31,10 @@ from gemma4_export.configs.manifest import (
     MANIFEST_NAME,
     CacheEntry,
     CensusEntry,
+    EnginesEntry,
     FileEntry,
     GraphEntry,
+    GroupEntry,
     KVLayout,
     Manifest,
     ModelEntry,
@@ -118,6 +120,7 @@ def fixed_manifest() -> Manifest:
         rope_sliding=RopeEntry(theta=10000.0, head_dim=4, num_frequencies=2),
         rope_global=RopeEntry(theta=1e6, head_dim=8, num_frequencies=1),
         kv=KVLayout(
+            dtype="float32",
             sliding_window=5,
             sliding_slots=12,
             global_bucket=16,
@@ -127,12 +130,20 @@ def fixed_manifest() -> Manifest:
             ],
         ),
         embed_tokens=TableEntry(
-            file="w/é.bin", offset=240, format="bfloat16", scales=None, rows=10, columns=4, scale=2.0
+            file="w/é.bin",
+            offset=240,
+            format="bfloat16",
+            has_signed_codes=False,
+            scales=None,
+            rows=10,
+            columns=4,
+            scale=2.0,
         ),
         embed_tokens_per_layer=TableEntry(
             file="w/é.bin",
             offset=0,
             format="int8",
+            has_signed_codes=True,
             scales=ScalesEntry(offset=64, dtype="float32", per_row=1),
             rows=10,
             columns=6,
@@ -143,6 +154,25 @@ def fixed_manifest() -> Manifest:
             oracle="oracle.safetensors",
             graphs={"head.0": GraphEntry(file="graphs/decoder.onnx", backend="ort-cpu", inputs=["h"], outputs=["l"])},
             load_peak_bytes=5,
+        ),
+        engines=EnginesEntry(
+            backend="tensorrt",
+            compute_capability="9.0",
+            float_type="bfloat16",
+            experts="plugin",
+            phases={
+                "decoder": [
+                    GroupEntry(
+                        file="graphs/decoder.onnx",
+                        first=0,
+                        last=2,
+                        weight_bytes=9,
+                        inputs=["x"],
+                        outputs=["top_logits"],
+                        profiles={"decode": {"x": [[1, 1], [1, 2], [1, 3]]}},
+                    )
+                ]
+            },
         ),
         not_packed=["model.vision_tower.a"],
         versions={"torch": "2.13.0"},
@@ -175,6 +205,7 @@ GOLDEN = """\
   "columns": 4,
   "file": "w/é.bin",
   "format": "bfloat16",
+  "has_signed_codes": false,
   "offset": 240,
   "rows": 10,
   "scale": 2.0,
@@ -184,6 +215,7 @@ GOLDEN = """\
   "columns": 6,
   "file": "w/é.bin",
   "format": "int8",
+  "has_signed_codes": true,
   "offset": 0,
   "rows": 10,
   "scale": 0.1,
@@ -191,6 +223,46 @@ GOLDEN = """\
    "dtype": "float32",
    "offset": 64,
    "per_row": 1
+  }
+ },
+ "engines": {
+  "backend": "tensorrt",
+  "compute_capability": "9.0",
+  "experts": "plugin",
+  "float_type": "bfloat16",
+  "phases": {
+   "decoder": [
+    {
+     "file": "graphs/decoder.onnx",
+     "first": 0,
+     "inputs": [
+      "x"
+     ],
+     "last": 2,
+     "outputs": [
+      "top_logits"
+     ],
+     "profiles": {
+      "decode": {
+       "x": [
+        [
+         1,
+         1
+        ],
+        [
+         1,
+         2
+        ],
+        [
+         1,
+         3
+        ]
+       ]
+      }
+     },
+     "weight_bytes": 9
+    }
+   ]
   }
  },
  "files": {
@@ -238,6 +310,7 @@ GOLDEN = """\
     "num_readers": 1
    }
   ],
+  "dtype": "float32",
   "global_bucket": 16,
   "sliding_slots": 12,
   "sliding_window": 5
@@ -268,7 +341,7 @@ GOLDEN = """\
   "num_frequencies": 2,
   "theta": 10000.0
  },
- "sha256": "f95d85df428c2d4c0fb682e25088524814f0e9de1cac9629621de0f4b22efcc1",
+ "sha256": "35b2ff181c2d4ab767f09c0d9bc262eba65e884a24f8480121885177a24df5dc",
  "sources": {
   "config.json": {
    "bytes": 7,
@@ -384,6 +457,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         rope_sliding=draw(st.none() | ropes),
         rope_global=draw(ropes),
         kv=KVLayout(
+            dtype="float32",
             sliding_window=window,
             sliding_slots=0 if window is None else window - 1 + chunk,
             global_bucket=draw(sizes),
@@ -395,6 +469,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         verify=VerifyEntry(
             oracle=draw(path), graphs=draw(st.dictionaries(words, graph, max_size=2)), load_peak_bytes=draw(sizes)
         ),
+        engines=None,
         not_packed=draw(st.lists(words, max_size=2)),
         versions=draw(st.dictionaries(words, words, max_size=2)),
         sources=draw(st.dictionaries(words, files, max_size=2)),
@@ -423,6 +498,15 @@ def test_a_changed_byte_in_the_manifest_is_noticed(seed: int, folder: Path) -> N
             Artifact.open(folder)
     path.write_bytes(whole)
     Artifact.open(folder)
+
+
+def test_an_artifact_has_a_decoder_or_engines() -> None:
+    neither = dataclasses.replace(fixed_manifest(), graphs={}, engines=None)
+    with pytest.raises(ArtifactError) as caught:
+        Manifest.from_json(neither.to_json())
+    assert caught.value.cause == "manifest.json: graphs: no decoder"
+    engines_only = dataclasses.replace(fixed_manifest(), graphs={})
+    assert Manifest.from_json(engines_only.to_json()) == engines_only
 
 
 def test_a_changed_number_that_contradicts_nothing_is_told_from_damage() -> None:
@@ -467,10 +551,9 @@ def edited(path: str, value: object) -> str:
         ("kv caches", {}, "manifest.json.kv.caches: expected list, found {}"),
         ("kv caches 1 kind", "ring", "manifest.json.kv.caches[1].kind: expected Literal, found 'ring'"),
         ("files", [], "manifest.json.files: expected dict, found []"),
-        ("engines", {}, "manifest.json: key 'engines' is unknown"),
+        ("motors", {}, "manifest.json: key 'motors' is unknown"),
         ("kv quantised", True, "manifest.json.kv: key 'quantised' is unknown"),
         ("kv caches 0", {"layer": 0}, "manifest.json.kv.caches[0]: key 'head_dim' is missing"),
-        ("graphs", {}, "manifest.json: graphs: no decoder"),
         ("graphs decoder file", "x.onnx", "manifest.json: x.onnx is used but not listed under files"),
         ("verify oracle", "x.bin", "manifest.json: x.bin is used but not listed under files"),
         ("verify graphs head.0 file", "x.onnx", "manifest.json: x.onnx is used but not listed under files"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -20,8 +21,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import FORMAT
-from gemma4_export.configs.target import target_names
+from gemma4_export.configs.target import check_buildable, load_target, target_names
 from gemma4_export.exporter import commands as exporter_commands
 from gemma4_export.runtime import commands as runtime_commands
 
@@ -169,6 +171,11 @@ def run(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
             'gemma4-run generate ARTIFACT --prompt "Hello"',
         ),
         (
+            "gemma4-export build --checkpoint checkpoint --target cpu --engines later",
+            "--engines later: target cpu has none",
+            "leave --engines out",
+        ),
+        (
             "gemma4-run generate artifact --raw --prompt ' \t'",
             "--prompt is empty",
             'gemma4-run generate ARTIFACT --prompt "Hello"',
@@ -187,12 +194,30 @@ def test_argument_that_makes_no_sense_is_misuse(run: Run, line: str, cause: str,
 
 
 @pytest.mark.parametrize("target", [name for name in target_names() if name != "cpu"])
-def test_target_whose_backends_do_not_exist_yet_is_misuse(run: Run, target: str) -> None:
+def test_target_whose_engines_would_be_compiled_is_misuse(run: Run, target: str) -> None:
     outcome = run(f"gemma4-export build --checkpoint checkpoint --target {target}")
     outcome.check_refused(MISUSE)
-    assert f"error: target {target} runs " in outcome.err
-    assert "; this version builds ort-cpu only\n" in outcome.err
-    assert "--target cpu" in outcome.err
+    assert f"error: target {target} runs tensorrt" in outcome.err
+    assert " engines; this version compiles none during a build\n" in outcome.err
+    assert f"--target {target} --engines later" in outcome.err
+
+
+def test_target_that_no_backend_of_ours_runs_on_is_refused() -> None:
+    target = dataclasses.replace(load_target("h100"), backends=("ort-cuda",))
+    with pytest.raises(ConfigError) as caught:
+        check_buildable(target)
+    assert caught.value.cause == ("target h100 runs ort-cuda; this version builds ort-cpu, tensorrt, tensorrt-rtx only")
+    assert caught.value.hint == "--target cpu builds a folder that runs on any machine's processor"
+
+
+def test_float_type_that_does_not_exist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '\nname = "x"\ntitle = "X"\nbackends = ["tensorrt"]\nchunk = 8\nfloat_type = "bf16"\n'
+    (tmp_path / "x.toml").write_text(text)
+    monkeypatch.setattr("gemma4_export.configs.target._FOLDER", tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_target("x")
+    assert caught.value.cause == "targets/x.toml: float_type 'bf16'"
+    assert caught.value.hint == "one of float32, float16, bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -374,8 +399,8 @@ BAD_ARTIFACTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "do not use this folder: its manifest was not written by gemma4-export",
     ),
     "unknown key": (
-        lambda folder: with_manifest(folder, lambda values: values.update(engines=[])),
-        "manifest.json: key 'engines' is unknown",
+        lambda folder: with_manifest(folder, lambda values: values.update(motors=[])),
+        "manifest.json: key 'motors' is unknown",
         "the folder is damaged; build it again with gemma4-export build",
     ),
     "flipped bit": (

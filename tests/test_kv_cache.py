@@ -28,6 +28,7 @@ SHAPES = {0: ("sliding", 2, 3), 1: ("global", 1, 4), 2: ("sliding", 1, 2)}  # la
 
 def make_layout(*, window: int | None, chunk: int, bucket: int = 4) -> KVLayout:
     return KVLayout(
+        dtype="float32",
         sliding_window=window,
         sliding_slots=0 if window is None else window - 1 + chunk,
         global_bucket=bucket,

@@ -450,6 +450,7 @@ def test_tables_give_dequantised_rows(tmp_path, form, is_shared, name):
         file=placed.file,
         format=str(form),
         offset=placed.offset,
+        has_signed_codes=placed.has_signed_codes,
         scales=scales,
         rows=rows,
         columns=columns,

@@ -20,7 +20,7 @@ from gemma4_export.configs.manifest import Manifest
 from gemma4_export.configs.models import ReleasedModel, load_model, name_of, plain_id_of, released_ids
 from gemma4_export.configs.names import NOT_PACKED_PREFIXES
 from gemma4_export.configs.recipe import Recipe, load_recipe, recipe_names
-from gemma4_export.configs.target import check_buildable, load_target
+from gemma4_export.configs.target import Target, check_buildable, load_target
 
 if TYPE_CHECKING:
     from gemma4_export.exporter.write import WeightSource
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Weights = Literal["model", "dummy"]
 Activations = Literal["int8", "fp32"]
 Verify = Literal["off", "layers", "full"]
+Engines = Literal["later"]
+Experts = Literal["plugin", "builtin"]
 
 
 def build(
@@ -47,11 +49,18 @@ def build(
     verify: Annotated[
         Verify, typer.Option(help="Hold the artifact to its oracle at once: layer by layer; full: the whole model too.")
     ] = "layers",
+    engines: Annotated[
+        Engines | None, typer.Option(help="later: write what TensorRT engines are compiled from, and compile none.")
+    ] = None,
+    experts: Annotated[
+        Experts, typer.Option(help="Who computes routed experts in an engine: our plugin, or TensorRT's own ops.")
+    ] = "plugin",
 ) -> None:
     """Turn a checkpoint into an artifact folder that gemma4-run runs without torch."""
     # Names are checked before torch is imported: a typo should cost milliseconds.
     chosen_target, chosen_recipe = load_target(target), load_recipe(recipe)
     check_buildable(chosen_target)
+    _check_engines(chosen_target, engines)
     if (checkpoint is None) == (model is None):
         raise ConfigError("give one of --checkpoint and --model", hint="--checkpoint DIR, or --model e2b to download")
     if weights == "dummy" and model is None:
@@ -94,11 +103,12 @@ def build(
             has_dummy_weights=weights == "dummy",
             context=context,
             chunk=chunk,
+            experts=experts,
         )
         artifact = out or Path(f"gemma4-{options.model_name}-{options.target.name}")
         manifest = build_artifact(source, options, artifact, progress)
     _report(manifest, artifact, time.monotonic() - started)
-    if verify != "off" and not _verify(artifact, verify):
+    if verify != "off" and manifest.engines is None and not _verify(artifact, verify):
         raise typer.Exit(CHECK_FAILED)
 
 
@@ -125,6 +135,18 @@ def hub_checkpoint(model: ReleasedModel | str, recipe: Recipe) -> HubCheckpoint:
         f"(--recipe int4-rtn rounds {model.hub_id} instead)"
     )
     return HubCheckpoint(model.qat.hub_id, model.hub_id, note)
+
+
+def _check_engines(target: Target, engines: Engines | None) -> None:
+    """Nobody is to take a folder without engines for one with them, or the other way round."""
+    if target.built_backend == "ort-cpu":
+        if engines is not None:
+            raise ConfigError(f"--engines {engines}: target {target.name} has none", hint="leave --engines out")
+    elif engines is None:
+        raise ConfigError(
+            f"target {target.name} runs {target.built_backend} engines; this version compiles none during a build",
+            hint=f"--target {target.name} --engines later writes the graphs, profiles and weights that they need",
+        )
 
 
 def _is_foreign(model: str) -> bool:
@@ -165,5 +187,14 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
         count = sum(name.startswith(prefix) for name in manifest.not_packed)
         if count:
             print(f"not packed by this version: {count} tensors of {prefix.removeprefix('model.').rstrip('.')}")
+    if manifest.engines is not None:
+        groups = [group for phase in manifest.engines.phases.values() for group in phase]
+        largest = max(group.weight_bytes for group in groups)
+        print(
+            f"{len(groups)} engines to compile for {manifest.engines.backend}, compute capability "
+            f"{manifest.engines.compute_capability}, up to {largest / 1e9:.2f} GB of weights each; "
+            "nothing is verified"
+        )
+        return
     command = "" if manifest.model.is_chat else "--raw "
     print(f'next: gemma4-run generate {shlex.quote(str(folder))} {command}--prompt "Hello"')

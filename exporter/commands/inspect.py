@@ -61,6 +61,13 @@ def _describe(manifest: Manifest) -> list[str]:
     ]
     for name, graph in sorted(manifest.graphs.items()):
         lines.append(f"graph    {name}: {graph.file} for {graph.backend}")
+    if manifest.engines is not None:
+        for phase, groups in manifest.engines.phases.items():
+            for group in groups:
+                lines.append(
+                    f"engine   {phase}, layers {group.first} to {group.last}, {group.weight_bytes / 1e6:.1f} MB: "
+                    f"{group.file} for {manifest.engines.backend} in {manifest.engines.float_type}"
+                )
     lines.append(f"oracle   {manifest.verify.oracle}, {len(manifest.verify.graphs)} graphs to verify with")
     for file, entry in sorted(manifest.files.items()):
         lines.append(f"file     {entry.bytes:>14,}  {file}")

@@ -10,7 +10,7 @@ import typer
 
 from gemma4_export.configs.models import load_model
 from gemma4_export.configs.recipe import load_recipe
-from gemma4_export.configs.target import BUILT_BACKEND, load_target
+from gemma4_export.configs.target import BUILT_BACKENDS, load_target
 
 
 def plan(
@@ -35,8 +35,8 @@ def plan(
     else:
         for line in _describe(result):
             print(line)
-        if BUILT_BACKEND not in chosen_target.backends:
-            print(f"note      this version cannot build for {target} yet: it runs {BUILT_BACKEND} only")
+        if chosen_target.built_backend is None:
+            print(f"note      this version cannot build for {target} yet, only for {', '.join(BUILT_BACKENDS)}")
     check_fits(result, released, options)
 
 

@@ -39,6 +39,10 @@ class NodeBuilder:
         assert node.graph is not None
         node.graph.insert_before(node, self._tape.nodes)
 
+    def append_to(self, graph: ir.Graph) -> None:
+        """Put the collected nodes behind all others."""
+        graph.extend(self._tape.nodes)
+
 
 def nodes_of(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
     """Nodes of our semantic domain, in order; safe while they are being replaced."""
