@@ -33,7 +33,7 @@ from gemma4_export.runtime.engine.request import Builder, EngineRequest
 
 LOG_NAME = "build.log"
 MEMORY_PER_WEIGHT_BYTE = 3.4
-"""Peak of a build above `BASE_MEMORY_BYTES`, over its weights: 3.3 with TensorRT-RTX 1.7.1 and 0.52 GB of int4 weights."""
+"""Peak of a build above `BASE_MEMORY_BYTES`, over its weights: 3.3 with TensorRT-RTX 1.7.1 and 0.52 GB of int4."""
 BASE_MEMORY_BYTES = 300 << 20
 """What a child holds before it reads a weight: the library alone is 234 MB."""
 Progress = Callable[[str, str, int, int], None]
