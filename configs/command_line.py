@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from gemma4_export.configs.errors import ConfigError, Gemma4Error
 
 CHECK_FAILED, MISUSE = 1, 2
 # What the base install leaves out and gemma4-export needs.
 _EXPORT_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "huggingface_hub")
+
+
+def check_output(option: str, path: Path, suffix: str) -> None:
+    """Refuse a file that cannot be written before the work whose result it gets.
+
+    Raises:
+        ConfigError: ``path`` is a folder, or lies in none.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: a folder, not a file", hint=f"{option} {path / 'report'}{suffix}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: no folder {path.parent}", hint=f"mkdir -p '{path.parent}'")
 
 
 def run(command: Callable[[], object]) -> None:

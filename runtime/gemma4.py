@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 _MEDIA = ("image", "image_url", "audio", "input_audio", "video")
 
 DEFAULT_MAX_NEW_TOKENS = 1024
+MAX_THREADS = 1024
+"""More than any machine has cores; onnxruntime did not start 100,000 within a minute, and says nothing meanwhile."""
 
 
 class Gemma4:
@@ -305,7 +307,8 @@ class Gemma4:
 
 def _refuse_media(messages: Sequence[Mapping[str, Any]]) -> None:
     """A placeholder without its picture would be read as text, and nobody would know."""
-    for index, message in enumerate(messages):
+    # what is no list at all, the template refuses
+    for index, message in enumerate(messages if isinstance(messages, (list, tuple)) else ()):
         content = message.get("content") if isinstance(message, Mapping) else None
         for part in content if isinstance(content, (list, tuple)) else ():
             kind = part.get("type") if isinstance(part, Mapping) else None
@@ -322,5 +325,9 @@ def _check_count(name: str, value: Any, hint: str) -> None:
 
 
 def _check_threads(num_threads: Any) -> None:
-    if num_threads is not None:
-        _check_count("num_threads", num_threads, "leave it out for one a core")
+    if num_threads is None:
+        return
+    hint = "leave it out for one a core"
+    _check_count("num_threads", num_threads, hint)
+    if num_threads > MAX_THREADS:
+        raise ConfigError(f"num_threads: expected at most {MAX_THREADS}, found {num_threads}", hint=hint)

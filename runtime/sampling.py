@@ -34,6 +34,8 @@ _BLOCK = 512
 _FIRST_GUESS = 256
 """Tokens that nearly always hold what top-p or min-p keep."""
 _MAX_SEED = 2**64 - 1
+_MAX_CHANGE = 1e6
+"""Largest penalty or bias: logits are below 1e3, and float32 must hold what becomes of them."""
 _FILTERS = ("top_k", "top_p", "min_p")
 
 
@@ -66,11 +68,16 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raises ConfigError: a value of the wrong type or out of range, or two that contradict each other."""
         _check_number("temperature", self.temperature, 0, None, "0 picks the most likely token")
+        if 0 < self.temperature < 1 / _MAX_CHANGE:
+            raise ConfigError(
+                f"temperature: expected 0 or at least {1 / _MAX_CHANGE:g}, found {self.temperature!r}",
+                hint="0 picks the most likely token",
+            )
         _check_integer("top_k", self.top_k, 0, None, "0 means all tokens")
         _check_number("top_p", self.top_p, 0, 1, "1 means all tokens", is_open=True)
         _check_number("min_p", self.min_p, 0, 1, "0 means all tokens")
-        _check_number("repetition_penalty", self.repetition_penalty, 0, None, "1 means none", is_open=True)
-        _check_number("presence_penalty", self.presence_penalty, None, None, "0 means none")
+        _check_number("repetition_penalty", self.repetition_penalty, 1 / _MAX_CHANGE, _MAX_CHANGE, "1 means none")
+        _check_number("presence_penalty", self.presence_penalty, -_MAX_CHANGE, _MAX_CHANGE, "0 means none")
         _check_bias(self.logit_bias)
         _check_ids(self.suppressed_ids)
         if self.seed is not None:
@@ -291,8 +298,8 @@ def _check_number(
     if fits and low is not None:
         fits = value > low if is_open else value >= low
     if not fits or (high is not None and value > high):
-        least = "" if low is None else f" above {low}" if is_open else f" of at least {low}"
-        most = "" if high is None else f" and at most {high}"
+        least = "" if low is None else f" above {low:g}" if is_open else f" of at least {low:g}"
+        most = "" if high is None else f" and at most {high:g}"
         raise ConfigError(f"{name}: expected a finite number{least}{most}, found {value!r}", hint=hint)
 
 
@@ -310,7 +317,7 @@ def _check_bias(bias: Any) -> None:
         )
     for index, value in bias.items():
         _check_integer("logit_bias: token id", index, 0, None, "logit_bias={5: -2.0}")
-        _check_number(f"logit_bias[{index}]", value, None, None, "suppressed_ids=(id,) forbids a token")
+        _check_number(f"logit_bias[{index}]", value, -_MAX_CHANGE, _MAX_CHANGE, "suppressed_ids=(id,) forbids a token")
 
 
 def _check_ids(ids: Any) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from gemma4_export.configs import target
 from gemma4_export.configs.artifact import Artifact
-from gemma4_export.configs.command_line import run
+from gemma4_export.configs.command_line import check_output, run
 from gemma4_export.configs.errors import ArtifactError, CheckpointError, ConfigError, ContractError
 from gemma4_export.runtime.chat_template import ChatTemplate, read_special_tokens
 from gemma4_export.runtime.session_ort import OrtSession
@@ -75,6 +75,17 @@ def test_a_missing_onnxruntime_says_what_to_install(tmp_path: Path, monkeypatch:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How a command line ends
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    check_output("--html", tmp_path / "report.html", ".html")
+    with pytest.raises(ConfigError) as caught:
+        check_output("--html", tmp_path, ".html")
+    assert caught.value.cause == f"--html {tmp_path}: a folder, not a file"
+    assert caught.value.hint == f"--html {tmp_path}/report.html"
+    with pytest.raises(ConfigError) as caught:
+        check_output("--html", tmp_path / "none" / "report.html", ".html")
+    assert caught.value.cause == f"--html {tmp_path}/none/report.html: no folder {tmp_path}/none"
 
 
 @pytest.mark.parametrize(

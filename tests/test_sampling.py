@@ -261,6 +261,8 @@ def test_logprobs_are_the_models_own() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
 
+FINITE = "expected a finite number"
+
 
 @pytest.mark.parametrize(
     ("options", "cause"),
@@ -274,14 +276,24 @@ def test_logprobs_are_the_models_own() -> None:
         ({"top_p": 0}, "top_p: expected a finite number above 0 and at most 1, found 0"),
         ({"top_p": 1.01}, "top_p: expected a finite number above 0 and at most 1, found 1.01"),
         ({"min_p": 2}, "min_p: expected a finite number of at least 0 and at most 1, found 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty: expected a finite number above 0, found 0"),
-        ({"presence_penalty": math.inf}, "presence_penalty: expected a finite number, found inf"),
+        ({"repetition_penalty": 0}, f"repetition_penalty: {FINITE} of at least 1e-06 and at most 1e+06, found 0"),
+        (
+            {"repetition_penalty": 1e-30},
+            f"repetition_penalty: {FINITE} of at least 1e-06 and at most 1e+06, found 1e-30",
+        ),
+        ({"presence_penalty": math.inf}, f"presence_penalty: {FINITE} of at least -1e+06 and at most 1e+06, found inf"),
+        (
+            {"presence_penalty": -1e300},
+            f"presence_penalty: {FINITE} of at least -1e+06 and at most 1e+06, found -1e+300",
+        ),
+        ({"logit_bias": {5: 1e300}}, f"logit_bias[5]: {FINITE} of at least -1e+06 and at most 1e+06, found 1e+300"),
+        ({"temperature": 1e-300}, "temperature: expected 0 or at least 1e-06, found 1e-300"),
         ({"seed": "7"}, "seed: expected an integer of at least 0 and at most 18446744073709551615, found '7'"),
         ({"seed": -1}, "seed: expected an integer of at least 0 and at most 18446744073709551615, found -1"),
         ({"seed": 2**64}, f"seed: expected an integer of at least 0 and at most {2**64 - 1}, found {2**64}"),
         ({"logit_bias": [1]}, "logit_bias: expected token id -> number, found list"),
         ({"logit_bias": {"a": 1}}, "logit_bias: token id: expected an integer of at least 0, found 'a'"),
-        ({"logit_bias": {5: "x"}}, "logit_bias[5]: expected a finite number, found 'x'"),
+        ({"logit_bias": {5: "x"}}, f"logit_bias[5]: {FINITE} of at least -1e+06 and at most 1e+06, found 'x'"),
         ({"suppressed_ids": 5}, "suppressed_ids: expected token ids, found int"),
         ({"suppressed_ids": (-5,)}, "suppressed_ids: expected an integer of at least 0, found -5"),
         (

@@ -272,6 +272,17 @@ def test_thread_counts_that_are_none_are_refused(folder: Path, num_threads: Any)
     assert caught.value.cause == f"num_threads: expected an integer of at least 1, found {num_threads!r}"
 
 
+def test_more_threads_than_any_machine_has_cores_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^num_threads: expected at most 1024, found 100000"):
+        Gemma4.load(folder, num_threads=100_000)
+
+
+@pytest.mark.parametrize("messages", [None, 5])
+def test_messages_that_are_no_list_are_refused(model: Gemma4, messages: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^messages: expected a list of mappings, got "):
+        model.generate(messages)
+
+
 def test_threads_reach_the_backend(folder: Path) -> None:
     session = Gemma4.load(folder, num_threads=1).decoder._session
     assert session._session.get_session_options().intra_op_num_threads == 1  # type: ignore[attr-defined]

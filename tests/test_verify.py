@@ -503,6 +503,15 @@ def test_the_command_writes_its_report_into_the_artifact(copy, capsys, monkeypat
     Artifact.open(folder, check="full")  # a report beside the files of the manifest changes nothing
 
 
+def test_a_report_that_cannot_be_saved_is_shown_all_the_same(copy, capsys, monkeypatch):
+    folder = copy("12b", "int4")
+    (folder / "verify").write_text("no folder")
+    code, out, err = run(capsys, monkeypatch, folder, "--level", "layers")
+    assert code == 1
+    assert out.splitlines()[-1].startswith("passed: ")
+    assert err.splitlines()[-1] == f"error: {folder / 'verify'}: File exists"
+
+
 def test_the_command_fails_with_exit_code_1(copy, capsys, monkeypatch):
     folder = copy("31b")
     outside("31b", folder)

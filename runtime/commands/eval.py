@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from gemma4_export.configs.command_line import check_output
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.runtime.bars import bars
 from gemma4_export.runtime.eval import Score, evaluate
@@ -44,6 +45,8 @@ def evaluate_command(
 
     if image is not None and image.suffix != ".svg":
         raise ConfigError(f"--image {image}: only SVG is drawn", hint=f"--image {image.with_suffix('.svg')}")
+    if image is not None:
+        check_output("--image", image, ".svg")
     asked = [question for path in questions for question in read_questions(path)]
     with Gemma4.load(artifact, num_threads=threads) as model:
         manifest = model.artifact.manifest

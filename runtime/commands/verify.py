@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gemma4_export.configs.command_line import CHECK_FAILED
+from gemma4_export.configs.command_line import CHECK_FAILED, check_output
 
 
 def verify(
@@ -31,14 +31,15 @@ def verify(
         if sys.stderr is not None:  # closed by the caller: print would fall back to stdout
             print(line, file=sys.stderr)
 
+    if html is not None:
+        check_output("--html", html, ".html")
     report = run(artifact, backend=backend, activations=activations, level=level, say=say)
-    path = report.save(artifact)
+    # shown before it is saved: a folder that cannot be written must not cost what was found
+    print(report.to_json() if as_json else "\n".join([*text_lines(report), ""]), end="", flush=True)
     if html is not None:
         html.write_text(html_page(report), encoding="utf-8")
-    if as_json:
-        print(report.to_json(), end="")
-    else:
-        print("\n".join(text_lines(report)))
+    path = report.save(artifact)
+    if not as_json:
         print(f"report: {path}" + ("" if html is None else f", {html}"))
     if not report.passed:
         raise typer.Exit(CHECK_FAILED)
