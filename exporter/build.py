@@ -51,6 +51,7 @@ from gemma4_export.exporter.write import (
     WeightSource,
     WeightStats,
     Written,
+    check_room,
     relative_error,
     write_weights,
 )
@@ -91,6 +92,10 @@ class BuildOptions:
     @property
     def has_engines(self) -> bool:
         return self.target.built_backend not in (None, "ort-cpu")
+
+    @property
+    def packing(self) -> Packing:
+        return "tensorrt" if self.has_engines else "ort-cpu"
 
 
 def resolve_options(
@@ -151,13 +156,15 @@ def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_pr
     """Build ``out`` from an opened source, whole or not at all; equal inputs give equal bytes.
 
     Raises:
-        ConfigError: ``out`` exists or is being written, or a tokenizer file is missing.
+        ConfigError: ``out`` exists or is being written, the disk is too small, or a tokenizer file is missing.
         CheckpointError: a weight file is damaged.
     """
     config = source.config
-    packing: Packing = "tensorrt" if options.has_engines else "ort-cpu"
-    placement = place_weights(source.specs.values(), options.recipe, wide_scales=source.wide_scales, packing=packing)
+    placement = place_weights(
+        source.specs.values(), options.recipe, wide_scales=source.wide_scales, packing=options.packing
+    )
     with partial_folder(out) as work:
+        check_room(placement, work)
         source.write_tokenizer(work / TOKENIZER_FOLDER)
         on_progress("trace", f"{config.num_layers} layers on fake tensors", 0, 1)
         traced = trace_decoder(config)

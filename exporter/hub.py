@@ -18,6 +18,7 @@ from pathlib import Path
 from gemma4_export.configs.errors import CheckpointError, ConfigError
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.exporter import hub_client
+from gemma4_export.exporter.checkpoint import resolve_config
 from gemma4_export.exporter.compressed_tensors import read_plain_config
 from gemma4_export.exporter.gguf_file import is_auxiliary
 from gemma4_export.exporter.hub_cache import COMMIT, HubFile, ModelCache
@@ -26,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the file at hand, and bytes done and in total over all files."""
+OnConfig = Callable[[ModelConfig, Path, int], None]
+"""Called once before the weights with the model, the cache's folder, and the bytes that are still to come to it."""
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _REQUIRED = (_CONFIG, "generation_config.json", "tokenizer.json")
@@ -49,7 +52,12 @@ class Downloaded:
 
 
 def download(
-    hub_id: str, *, revision: str | None = None, plain_id: str | None = None, on_progress: OnProgress | None = None
+    hub_id: str,
+    *,
+    revision: str | None = None,
+    plain_id: str | None = None,
+    on_config: OnConfig | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Downloaded:
     """Bring a checkpoint into huggingface_hub's cache: safetensors, or a repository's one GGUF file.
 
@@ -61,6 +69,7 @@ def download(
         hub_id: any model's id, e.g. ``google/gemma-4-E2B-it``.
         revision: branch, tag or commit; None: ``main``.
         plain_id: the checkpoint whose config.json and tokenizer files a GGUF repository that has none goes with.
+        on_config: called before the weights; what it raises ends the download.
         on_progress: called with the file at hand, and bytes done and in total over all files.
     Raises:
         ConfigError: no such model or revision, the hub wants a login, config.json is not one of Gemma 4, a repository
@@ -76,13 +85,15 @@ def download(
             wanted.insert(0, (plain, _complete(plain, _companions(plain))))
         for needing, files in wanted:
             _check_cached(needing, files)
-            _check_space(needing, files)
+        _check_space(wanted)
         progress = _Progress(on_progress, sum(file.bytes for _, files in wanted for file in files))
         for needing, file in [(needing, file) for needing, files in wanted for file in files]:
             progress.begin(file.name)
             path = _fetch(needing, file, progress.advance)
             if file.name == _CONFIG:  # before the weights: 60 GB of another family are not worth waiting for
-                ModelConfig.from_hf(read_plain_config(path.parent))
+                config = resolve_config(Path(needing.hub_id), read_plain_config(path.parent))
+                if on_config is not None:
+                    on_config(config, needing.cache.root, _missing_bytes(wanted))
         progress.report()
         folders = [_finish(needing) for needing, _ in wanted]
     return Downloaded(folder=folders[-1], companions=folders[0])
@@ -248,9 +259,13 @@ def _check_cached(snapshot: _Snapshot, files: list[HubFile]) -> None:
         )
 
 
-def _check_space(snapshot: _Snapshot, files: list[HubFile]) -> None:
-    """Refuse before the first byte what cannot end well."""
-    needed = sum(snapshot.cache.missing_bytes(snapshot.commit, file) for file in files)
+def _missing_bytes(wanted: list[tuple[_Snapshot, list[HubFile]]]) -> int:
+    return sum(needing.cache.missing_bytes(needing.commit, file) for needing, files in wanted for file in files)
+
+
+def _check_space(wanted: list[tuple[_Snapshot, list[HubFile]]]) -> None:
+    """Refuse before the first byte what cannot end well. The caches of all models lie on one disk."""
+    needed, snapshot = _missing_bytes(wanted), wanted[-1][0]
     if not needed:
         return
     snapshot.cache.root.mkdir(parents=True, exist_ok=True)

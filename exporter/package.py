@@ -22,6 +22,17 @@ from gemma4_export.exporter.write import JOURNAL_NAME, num_finished
 _log = logging.getLogger(__name__)
 
 
+def partial_of(out: Path) -> Path:
+    """Where ``out`` is made before it has its name.
+
+    Raises:
+        ConfigError: ``out`` has no name.
+    """
+    if not out.name:
+        raise ConfigError(f"--out {str(out)!r} names no new folder", hint="give a name, such as --out gemma4-e2b-cpu")
+    return out.with_name(out.name + ".partial")
+
+
 @contextlib.contextmanager
 def partial_folder(out: Path) -> Iterator[Path]:
     """A work folder beside ``out`` that becomes ``out`` when the block ends well.
@@ -33,9 +44,7 @@ def partial_folder(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: ``out`` exists, another build is writing it, or ``OUT.partial`` is not ours.
     """
-    if not out.name:
-        raise ConfigError(f"--out {str(out)!r} names no new folder", hint="give a name, such as --out gemma4-e2b-cpu")
-    work = out.with_name(out.name + ".partial")
+    work = partial_of(out)
     _take_back(out, work)
     if out.exists() or out.is_symlink():
         # Only an artifact is ours to call removable: --out may name a checkpoint, or a whole home.

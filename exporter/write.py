@@ -21,14 +21,14 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from gemma4_export.configs.errors import Gemma4Error
+from gemma4_export.configs.errors import ConfigError, Gemma4Error
 from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.configs.manifest import FileEntry
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.names import TensorSpec
 from gemma4_export.exporter.packing import matmul_scales, offset_codes
 from gemma4_export.exporter.quantize import Float32, QuantizedRows, check_finite, dequantize, quantize
-from gemma4_export.exporter.weights import PlacedWeight, Placement, StoredWeight
+from gemma4_export.exporter.weights import WEIGHTS_FOLDER, PlacedWeight, Placement, StoredWeight
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -117,11 +117,10 @@ def write_weights(
         on_bytes: called with a weight's name and the bytes just written (or found written).
     Raises:
         CheckpointError: NaN or Inf in a weight, or a damaged file.
-        Gemma4Error: the disk has less room than the artifact needs.
+        Gemma4Error: the disk is full; the same build goes on from what is written.
     """
     journal = _Journal(folder / JOURNAL_NAME, key)
     _prepare(placement, folder)
-    _check_room(placement, folder)
     written, files = Written(), {name: _HashedFile(folder / name) for name in placement.num_bytes}
     try:
         with ThreadPoolExecutor(_WORKERS) as pool:
@@ -231,16 +230,37 @@ def _prepare(placement: Placement, folder: Path) -> None:
             leftover.unlink()
 
 
-def _check_room(placement: Placement, folder: Path) -> None:
-    """Refuse before the first byte what the disk cannot hold."""
-    needed = sum(placement.num_bytes.values()) + _SPARE_BYTES
-    there = sum((folder / file).stat().st_size for file in placement.num_bytes if (folder / file).is_file())
-    free = shutil.disk_usage(folder).free
-    if free + there < needed:
-        raise Gemma4Error(
-            f"{folder}: the artifact needs {needed / 1e9:.2f} GB, the disk has {(free + there) / 1e9:.2f} GB free",
-            hint="free some room, give an --out on another disk, or use a smaller recipe such as int4",
+def check_room(placement: Placement, work: Path, *, cache: Path | None = None, download_bytes: int = 0) -> None:
+    """Refuse before the first byte what the disk cannot hold.
+
+    Args:
+        work: the folder that the artifact is written in. It need not be there yet; what a stopped build left in it is
+            written over or removed, and counts as room.
+        cache: where ``download_bytes`` of the checkpoint are still to come to; they count where it shares a disk with
+            ``work``.
+    Raises:
+        ConfigError: the disk has less room.
+    """
+    sizes = {work / file: size for file, size in placement.num_bytes.items()}
+    files = [path for path in (work / WEIGHTS_FOLDER).glob("*") if path.is_file()]
+    # A file that is longer than it will be is cut last of all.
+    there = sum(min(path.stat().st_size, sizes.get(path, path.stat().st_size)) for path in files)
+    disk = _existing(work)
+    free, artifact = shutil.disk_usage(disk).free + there, sum(sizes.values()) + _SPARE_BYTES
+    shares = cache is not None and _existing(cache).stat().st_dev == disk.stat().st_dev
+    download = download_bytes if shares else 0
+    if free < artifact + download:
+        besides = f" beside a download of {download / 1e9:.2f} GB" if download else ""
+        elsewhere = ", or set HF_HOME to one" if download else ""
+        raise ConfigError(
+            f"{work}: the artifact needs {artifact / 1e9:.2f} GB{besides}, the disk has {free / 1e9:.2f} GB free",
+            hint=f"free some room, give an --out on another disk{elsewhere}, or use a smaller recipe: --recipe int4",
         )
+
+
+def _existing(path: Path) -> Path:
+    """``path``, or the nearest folder above it that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 class _HashedFile:

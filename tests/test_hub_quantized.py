@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,12 +14,16 @@ from hub_server import HubServer, only_hub
 
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import CheckpointError, ConfigError
+from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.models import load_model, model_names, plain_id_of
+from gemma4_export.configs.names import decoder_tensors
 from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.exporter import hub
 from gemma4_export.exporter.commands.build import build as build_command
 from gemma4_export.exporter.commands.build import hub_checkpoint
 from gemma4_export.exporter.gguf_file import is_auxiliary
+from gemma4_export.exporter.weights import place_weights
+from gemma4_export.exporter.write import _SPARE_BYTES
 
 PLAIN, QAT = "google/gemma-4-31B-it", "google/gemma-4-31B-it-qat-q4_0-gguf"
 W4A16 = "someone/gemma-4-31B-it-w4a16"
@@ -131,6 +136,17 @@ def test_the_config_is_read_before_the_weights_are_fetched(server: HubServer) ->
     assert GGUF_FILE not in server.files_asked
 
 
+def test_a_drafter_is_refused_before_its_weights_are_fetched(server: HubServer) -> None:
+    text = tiny.hub_config("31b", text_only=True)
+    text |= {"num_kv_shared_layers": text["num_hidden_layers"]}
+    drafter = {"model_type": "gemma4_assistant", "backbone_hidden_size": 96, "num_centroids": 8}
+    drafter |= {"centroid_intermediate_top_k": 2, "text_config": text}
+    server.publish(files_of(tiny.checkpoint("31b")) | {"config.json": json.dumps(drafter).encode()})
+    with pytest.raises(ConfigError, match="gemma-4-31B-it: a drafter"):
+        hub.download(PLAIN)
+    assert "model.safetensors" not in server.files_asked
+
+
 def test_a_gguf_repository_with_a_tokenizer_needs_no_other(server: HubServer) -> None:
     companions = {name: body for name, body in files_of(tiny.checkpoint("31b")).items() if name in COMPANIONS}
     server.publish(companions | {"model.gguf": b"codes"}, hub_id="someone/whole")
@@ -198,6 +214,34 @@ def test_int4_copies_the_codes_of_the_quantisation_aware_file(
     assert "quantisation-aware" not in capsys.readouterr().err
     assert set(rounded.sources) == {"model.safetensors", "config.json"}
     assert rounded.census["decoder.mlp"].codes_kept == 0
+
+
+@pytest.mark.parametrize("lacking", [1, 0])
+def test_room_for_download_and_artifact_together_is_asked_for_before_the_weights(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: int
+) -> None:
+    config = ModelConfig.from_hf(json.loads(files_of(tiny.checkpoint("31b"))["config.json"]))
+    artifact = sum(place_weights(decoder_tensors(config).values(), load_recipe("int4")).num_bytes.values())
+    made = quantized.gguf_checkpoint("31b").folder
+    others = [body for name, body in files_of(tiny.checkpoint("31b")).items() if name in COMPANIONS - {"config.json"}]
+    download = (made / quantized.GGUF_NAME).stat().st_size + sum(map(len, others))
+    usage = shutil.disk_usage(tmp_path)
+    free = artifact + _SPARE_BYTES + download - lacking
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    monkeypatch.setattr("gemma4_export.exporter.build.build_artifact", None)
+    with pytest.raises(
+        ConfigError if lacking else TypeError, match="the artifact needs" if lacking else "not callable"
+    ):
+        build("31b", "int4", tmp_path / "out")
+    assert (GGUF_FILE in server.files_asked) == (not lacking)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_context_out_of_range_costs_no_download(server: HubServer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--context 9999999: expected 2 to "):
+        build_command(target="cpu", model="31b", recipe="int4", context=9999999, out=tmp_path / "out")
+    assert server.files_asked == {"config.json"}
 
 
 def test_a_compressed_tensors_repository_is_taken_as_it_is(server: HubServer, tmp_path: Path) -> None:

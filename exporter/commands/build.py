@@ -17,8 +17,9 @@ import typer
 from gemma4_export.configs.command_line import CHECK_FAILED
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import Manifest
+from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.models import ReleasedModel, load_model, name_of, plain_id_of, released_ids
-from gemma4_export.configs.names import NOT_PACKED_PREFIXES
+from gemma4_export.configs.names import NOT_PACKED_PREFIXES, decoder_tensors
 from gemma4_export.configs.recipe import Recipe, load_recipe, recipe_names
 from gemma4_export.configs.target import Target, check_buildable, load_target
 
@@ -68,6 +69,23 @@ def build(
     released = None if model is None or _is_foreign(model) else load_model(model)
     from gemma4_export.exporter.build import build_artifact, resolve_options
     from gemma4_export.exporter.commands.progress import BuildProgress
+    from gemma4_export.exporter.package import partial_of
+    from gemma4_export.exporter.weights import place_weights
+    from gemma4_export.exporter.write import check_room
+
+    choose = functools.partial(
+        resolve_options,
+        target=chosen_target,
+        recipe=chosen_recipe,
+        activations=activations,
+        has_dummy_weights=weights == "dummy",
+        context=context,
+        chunk=chunk,
+        experts=experts,
+    )
+
+    def artifact_of(name: str) -> Path:
+        return out or Path(f"gemma4-{name}-{target}")
 
     started = time.monotonic()
     with BuildProgress() as progress, contextlib.ExitStack() as stack:
@@ -86,27 +104,25 @@ def build(
 
                 origin = hub_checkpoint(released or str(model), chosen_recipe)
                 progress.say(origin.note)
-                downloaded = download(
-                    origin.hub_id, plain_id=origin.plain_id, on_progress=functools.partial(progress, "download")
-                )
                 name = released.name if released else name_of(origin.hub_id)
+
+                def check_before_weights(config: ModelConfig, cache: Path, download_bytes: int) -> None:
+                    packing = choose(config, model_name=name).packing
+                    placement = place_weights(decoder_tensors(config).values(), chosen_recipe, packing=packing)
+                    check_room(placement, partial_of(artifact_of(name)), cache=cache, download_bytes=download_bytes)
+
+                downloaded = download(
+                    origin.hub_id,
+                    plain_id=origin.plain_id,
+                    on_config=check_before_weights,
+                    on_progress=functools.partial(progress, "download"),
+                )
                 source = stack.enter_context(open_source(downloaded.folder, downloaded.companions))
             else:
                 name = name_of(checkpoint.resolve().name)
                 source = stack.enter_context(open_source(checkpoint))
-        options = resolve_options(
-            source.config,
-            model_name=name,
-            target=chosen_target,
-            recipe=chosen_recipe,
-            activations=activations,
-            has_dummy_weights=weights == "dummy",
-            context=context,
-            chunk=chunk,
-            experts=experts,
-        )
-        artifact = out or Path(f"gemma4-{options.model_name}-{options.target.name}")
-        manifest = build_artifact(source, options, artifact, progress)
+        artifact = artifact_of(name)
+        manifest = build_artifact(source, choose(source.config, model_name=name), artifact, progress)
     _report(manifest, artifact, time.monotonic() - started)
     if verify != "off" and manifest.engines is None and not _verify(artifact, verify):
         raise typer.Exit(CHECK_FAILED)
