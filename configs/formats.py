@@ -52,23 +52,27 @@ class WeightFormat:
         bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[self.kind]
         return columns * bits // 8
 
-    def check_columns(self, columns: int, where: str) -> None:
+    def check_columns(self, columns: int, role: str, name: str) -> None:
         """Refuse a matrix whose rows the block does not divide.
 
+        Args:
+            role, name: of the weight.
         Raises:
-            ConfigError: the hint names the largest block that does, if any.
+            ConfigError: the hint is a recipe's line with the largest block that does, or with the nearest other format.
         """
-        if columns % (self.block or (_INT8_MULTIPLE if self.kind == "int8" else 1)) == 0:
+        multiple = self.block or (_INT8_MULTIPLE if self.kind == "int8" else 1)
+        if columns % multiple == 0:
             return
-        if not self.block:
-            raise ConfigError(
-                f"{where}: int8 needs columns in multiples of {_INT8_MULTIPLE}, found {columns}",
-                hint='give the role "bfloat16" in a recipe of your own: --recipe FILE.toml',
-            )
-        legal = [size for size in BLOCKS if columns % size == 0]
+        legal = [str(WeightFormat(self.kind, size)) for size in BLOCKS if self.block and columns % size == 0]
         other = "int8" if columns % _INT8_MULTIPLE == 0 else "bfloat16"
-        hint = f"use block {max(legal)}" if legal else f"use {other} for this role"
-        raise ConfigError(f"{where}: block {self.block} does not divide its {columns} columns", hint=hint)
+        cause = f"block {self.block} does not divide its {columns} columns"
+        if not self.block:
+            cause = f"int8 needs columns in multiples of {multiple}, found {columns}"
+        raise ConfigError(
+            f"{role}, {name}: {cause}",
+            hint=f'write "{role}" = "{[other, *legal][-1]}" below [roles] in a recipe of your own, --recipe FILE.toml '
+            "(docs/quantization.md has a whole one)",
+        )
 
 
 FLOAT32, BFLOAT16, INT8 = WeightFormat("float32"), WeightFormat("bfloat16"), WeightFormat("int8")

@@ -121,7 +121,7 @@ def place_weights(
 
     def place(name: str, source: TensorSpec, role: Role, *, is_matrix: bool) -> None:
         form, file = recipe.format_of(role), _FILES.get(name, _DECODER_FILE)
-        form.check_columns(source.row_shape[1], f"{role}, {name}")
+        form.check_columns(source.row_shape[1], role, name)
         is_matrix = is_matrix and packing == "ort-cpu"
         has_wide_scales = is_matrix or source.name in wide_scales
         placed = _place(file, ends, form, source.shape, is_matrix=is_matrix, has_wide_scales=has_wide_scales)

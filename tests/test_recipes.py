@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -161,8 +163,10 @@ def test_a_block_that_does_not_divide_a_released_model_names_the_nearest_that_do
         place_weights(specs.values(), recipe)
     assert f"{role}, layers.0." in error.value.cause
     assert f"block 128 does not divide its {columns} columns" in error.value.cause
-    assert error.value.hint == "use block 64"
-    place_weights(specs.values(), load_recipe(recipe_file(tmp_path, **{role.replace(".", "__"): "int4/64"})))
+    line = re.fullmatch(r"write (.+) below \[roles\] in a recipe of your own, --recipe FILE\.toml .*", error.value.hint)
+    typed = tomllib.loads(line[1])  # as it stands
+    assert typed == {role: "int4/64"}
+    place_weights(specs.values(), load_recipe(recipe_file(tmp_path, **{role.replace(".", "__"): typed[role]})))
 
 
 def test_the_recipe_of_the_docs_fits_the_demo_model(tmp_path: Path) -> None:
