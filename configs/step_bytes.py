@@ -1,12 +1,15 @@
-"""Bytes that one decode step reads, for whoever predicts the speed of a model and whoever measures it."""
+"""Bytes that a decode step reads and that loaded weights take, for whoever predicts a model and whoever runs it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.configs.manifest import KVLayout
+
+PROCESS_BYTES = 370_000_000
+"""Python, NumPy, onnxruntime and the tokenizer's 262,144 entries without a weight, resident: 52, 27 and 290 MB."""
 
 
 class StoredRole(Protocol):
@@ -31,6 +34,20 @@ def cpu_matrix_bytes(roles: Mapping[str, StoredRole]) -> dict[str, int]:
         is_head = role == "embeddings.tokens" and "decoder.head" not in roles
         if is_head or not role.startswith("embeddings."):
             sizes[role] = stored.bytes if WeightFormat.parse(stored.format).is_quantized else stored.parameters * 4
+    return sizes
+
+
+def cpu_memory_bytes(roles: Mapping[str, StoredRole], *, activations: Literal["int8", "fp32"]) -> dict[str, int]:
+    """Role -> bytes of memory that its matrices take in onnxruntime's CPU provider.
+
+    For int8 activations it packs codes and scales together with the sum of each block's codes, a float32 beside each
+    scale. For float32 ones it packs codes alone and reads the scales where they are mapped.
+    """
+    sizes = cpu_matrix_bytes(roles)
+    for role in sizes:
+        stored, form = roles[role], WeightFormat.parse(roles[role].format)
+        if form.is_quantized and activations == "int8":
+            sizes[role] += stored.bytes - form.row_bytes(stored.parameters)
     return sizes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, replace
 
@@ -12,11 +11,11 @@ from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.models import ReleasedModel
 from gemma4_export.configs.names import decoder_tensors
 from gemma4_export.configs.recipe import Recipe, load_recipe
-from gemma4_export.configs.step_bytes import cpu_matrix_bytes, step_bytes
+from gemma4_export.configs.step_bytes import PROCESS_BYTES, cpu_matrix_bytes, step_bytes
 from gemma4_export.configs.target import Target
 from gemma4_export.exporter.build import BuildOptions, kv_layout, resolve_lengths
-from gemma4_export.exporter.memory import PROCESS_BYTES, held_bytes, load_peak_bytes
-from gemma4_export.exporter.weights import Placement, place_weights
+from gemma4_export.exporter.memory import held_bytes, load_peak_bytes, role_sizes
+from gemma4_export.exporter.weights import place_weights
 
 # Of each size the recipe that suits any checkpoint, largest first.
 _RECIPES_BY_SIZE = ("bf16", "int8", "int4-quality", "int4")
@@ -84,7 +83,8 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
     is_cpu = "ort-cpu" in target.backends
     layout = kv_layout(config, options)
     kv_item = 4 if layout.dtype == "float32" else 2
-    weights = sum(held_bytes(weight, placement, is_cpu=is_cpu) for weight in placement.stored)
+    roles, held = role_sizes(placement), held_bytes(placement, is_cpu=is_cpu)
+    weights = sum(held.values())
     memory = target.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     scratch = _scratch_bytes(config, options.chunk)
     room = memory - PROCESS_BYTES - weights - scratch
@@ -92,7 +92,7 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
     kv = layout.num_bytes(options.context)
     moe = config.layers[0].moe
     per_token = step_bytes(
-        cpu_matrix_bytes(_roles(placement)) if is_cpu else _gpu_matrix_bytes(placement),
+        cpu_matrix_bytes(roles) if is_cpu else held,
         layout,
         options.context,
         num_experts=moe.num_experts if moe else 0,
@@ -106,7 +106,7 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
         target=target.name,
         recipe=options.recipe.name,
         context=options.context,
-        role_bytes={role: size.bytes for role, size in _roles(placement).items()},
+        role_bytes={role: size.bytes for role, size in roles.items()},
         artifact_bytes=artifact,
         download_from=hub_id,
         download_bytes=download,
@@ -154,32 +154,6 @@ def _download(model: ReleasedModel, options: BuildOptions) -> tuple[str | None, 
     if options.recipe.prefers_qat and model.qat is not None:
         return model.qat.hub_id, model.qat.file_bytes
     return model.hub_id, model.checkpoint_bytes
-
-
-@dataclass(slots=True)
-class _RoleSize:
-    """The weights of one role, summed."""
-
-    format: str
-    parameters: int = 0
-    bytes: int = 0
-
-
-def _roles(placement: Placement) -> dict[str, _RoleSize]:
-    sizes: dict[str, _RoleSize] = {}
-    for weight in placement.stored:
-        size = sizes.setdefault(weight.role, _RoleSize(str(weight.placed.format)))
-        size.parameters += math.prod(weight.placed.shape)
-        size.bytes += weight.placed.code_bytes + weight.placed.scale_bytes
-    return sizes
-
-
-def _gpu_matrix_bytes(placement: Placement) -> dict[str, int]:
-    """Role -> bytes of the matrices that a GPU multiplies with: all that it holds."""
-    sizes: dict[str, int] = {}
-    for weight in placement.stored:
-        sizes[weight.role] = sizes.get(weight.role, 0) + held_bytes(weight, placement, is_cpu=False)
-    return sizes
 
 
 def _scratch_bytes(config: ModelConfig, chunk: int) -> int:

@@ -6,10 +6,7 @@ from pathlib import Path
 
 from gemma4_export.configs.errors import ArtifactError, ConfigError
 from gemma4_export.configs.manifest import Manifest
-from gemma4_export.configs.step_bytes import cpu_matrix_bytes
-
-_PROCESS_BYTES = 200_000_000
-"""Python, NumPy, tokenizer and onnxruntime without a model."""
+from gemma4_export.configs.step_bytes import PROCESS_BYTES, cpu_memory_bytes
 
 
 def check_memory(manifest: Manifest, max_memory_bytes: int | None) -> None:
@@ -22,7 +19,7 @@ def check_memory(manifest: Manifest, max_memory_bytes: int | None) -> None:
         ConfigError: ``max_memory_bytes`` is no positive integer.
         ArtifactError: it does not fit.
     """
-    weights = sum(cpu_matrix_bytes(manifest.census).values())
+    weights = sum(cpu_memory_bytes(manifest.census, activations=manifest.activations).values())
     if max_memory_bytes is None:
         left = available_bytes()
         if left is not None and weights > left:
@@ -36,11 +33,11 @@ def check_memory(manifest: Manifest, max_memory_bytes: int | None) -> None:
             f"max_memory_bytes: expected a positive integer, found {max_memory_bytes!r}", hint="4 GB is 4_000_000_000"
         )
     kv = manifest.kv.num_bytes(manifest.context)
-    needed = weights + kv + _PROCESS_BYTES
+    needed = weights + kv + PROCESS_BYTES
     if needed > max_memory_bytes:
         raise ArtifactError(
             f"{manifest.model.name}: needs {_gb(needed)} (weights {_gb(weights)}, KV of {manifest.context} tokens "
-            f"{_gb(kv)}, process {_gb(_PROCESS_BYTES)}), max_memory_bytes is {_gb(max_memory_bytes)}",
+            f"{_gb(kv)}, process {_gb(PROCESS_BYTES)}), max_memory_bytes is {_gb(max_memory_bytes)}",
             hint="raise max_memory_bytes, or build with a smaller --context or --recipe int4",
         )
 

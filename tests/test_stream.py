@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gemma4_export.configs.errors import ArtifactError, ConfigError, ContractError
-from gemma4_export.configs.step_bytes import cpu_matrix_bytes
+from gemma4_export.configs.step_bytes import PROCESS_BYTES, cpu_memory_bytes
 from gemma4_export.runtime import Finished, Gemma4, TextPiece, ThoughtPiece, memory
 from gemma4_export.runtime.kv_cache import KVCache
 
@@ -290,8 +290,9 @@ def test_threads_reach_the_backend(folder: Path) -> None:
 
 def test_a_load_beyond_the_cap_is_refused_before_it_happens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Gemma4.load(folder, max_memory_bytes=10**9).artifact.manifest
-    weights, kv = sum(cpu_matrix_bytes(manifest.census).values()), manifest.kv.num_bytes(128)
-    needed = weights + kv + 200_000_000
+    weights = sum(cpu_memory_bytes(manifest.census, activations="int8").values())
+    kv = manifest.kv.num_bytes(128)
+    needed = weights + kv + PROCESS_BYTES
     Gemma4.load(folder, max_memory_bytes=needed)
     monkeypatch.setattr("gemma4_export.runtime.decoder.open_session", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ArtifactError) as caught:
@@ -299,7 +300,7 @@ def test_a_load_beyond_the_cap_is_refused_before_it_happens(folder: Path, monkey
     name = manifest.model.name
     assert caught.value.cause == (
         f"{name}: needs {needed / 1e9:.2f} GB (weights {weights / 1e9:.2f} GB, KV of 128 tokens {kv / 1e9:.2f} GB, "
-        f"process 0.20 GB), max_memory_bytes is {(needed - 1) / 1e9:.2f} GB"
+        f"process 0.37 GB), max_memory_bytes is {(needed - 1) / 1e9:.2f} GB"
     )
     assert caught.value.hint
     for value in (0, 1.5, True, "4GB"):
@@ -309,7 +310,7 @@ def test_a_load_beyond_the_cap_is_refused_before_it_happens(folder: Path, monkey
 
 def test_a_second_load_beyond_memory_is_refused_with_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Gemma4.load(folder).artifact.manifest
-    weights = sum(cpu_matrix_bytes(manifest.census).values())
+    weights = sum(cpu_memory_bytes(manifest.census, activations="int8").values())
     monkeypatch.setattr(memory, "available_bytes", lambda: weights)
     Gemma4.load(folder)
     monkeypatch.setattr(memory, "available_bytes", lambda: weights - 1)
