@@ -39,7 +39,7 @@ from gemma4_export.configs.target import FloatType, Target, check_buildable
 from gemma4_export.exporter.engine_graphs import EngineTarget, Experts, write_engine_graphs
 from gemma4_export.exporter.lower import lower_ort_cpu
 from gemma4_export.exporter.memory import load_peak_bytes
-from gemma4_export.exporter.oracle import encode_prompts, record_oracle
+from gemma4_export.exporter.oracle import encode_prompts, oracle_bytes, record_oracle
 from gemma4_export.exporter.package import hash_files, partial_folder
 from gemma4_export.exporter.passes.matmul import Activations
 from gemma4_export.exporter.split_groups import MAX_GROUP_BYTES
@@ -164,7 +164,7 @@ def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_pr
         source.specs.values(), options.recipe, wide_scales=source.wide_scales, packing=options.packing
     )
     with partial_folder(out) as work:
-        check_room(placement, work)
+        check_room(placement, work, oracle_bytes=oracle_bytes(config))
         source.write_tokenizer(work / TOKENIZER_FOLDER)
         on_progress("trace", f"{config.num_layers} layers on fake tensors", 0, 1)
         traced = trace_decoder(config)

@@ -43,8 +43,8 @@ def load_peak_bytes(placement: Placement, *, is_cpu: bool) -> int:
     """At the peak of loading, pages of weight files that are read meanwhile not counted: the system can drop those.
 
     onnxruntime's CPU provider first widens all of bfloat16 in memory and then packs one matrix after the other, which
-    exists twice until it is packed. Other matrices are packed straight from the mapped file. A GPU is taken to hold one
-    matrix twice.
+    exists twice until it is packed; glibc keeps some of what is freed then, which is not counted. Other matrices are
+    packed straight from the mapped file. A GPU is taken to hold one matrix twice.
     """
     if is_cpu:
         twice = [4 * _size(w) for w in _matrices(placement) if w.placed.format.kind == "bfloat16"]

@@ -54,6 +54,21 @@ def encode_prompts(tokenizer_file: Path, *, context: int) -> Tensor:
     return torch.tensor([row[: min(map(len, rows))] for row in rows])
 
 
+def oracle_bytes(config: ModelConfig) -> int:
+    """Bytes of the file's tensors for a context of at least 32 tokens; what is left out is scalars and its header."""
+    tokens, size = len(_TEXTS) * _TOKENS, config.hidden_size
+    values = tokens * size + len(_TEXTS) * _LOGIT_ROWS * config.vocab_size
+    values += 2 * tokens * config.num_layers * config.hidden_size_per_layer_input
+    for layer in config.layers:
+        widths = dict.fromkeys(("key", "value"), layer.num_kv_heads * layer.head_dim)
+        widths["router"] = layer.moe.num_experts if layer.moe else 0
+        values += tokens * sum(widths.get(tap, size) for tap in layer_taps(layer, config))
+    for kind in ("sliding_attention", "full_attention"):
+        rope = config.rope(kind)
+        values += 2 * _TOKENS * rope.num_frequencies if rope else 0
+    return 4 * values
+
+
 def record_oracle(
     config: ModelConfig,
     placement: Placement,

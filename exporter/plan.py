@@ -15,6 +15,7 @@ from gemma4_export.configs.step_bytes import PROCESS_BYTES, cpu_matrix_bytes, st
 from gemma4_export.configs.target import Target
 from gemma4_export.exporter.build import BuildOptions, kv_layout, resolve_lengths
 from gemma4_export.exporter.memory import held_bytes, load_peak_bytes, role_sizes
+from gemma4_export.exporter.oracle import oracle_bytes
 from gemma4_export.exporter.weights import place_weights
 
 # Of each size the recipe that suits any checkpoint, largest first.
@@ -88,7 +89,7 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
     memory = target.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     scratch = _scratch_bytes(config, options.chunk)
     room = memory - PROCESS_BYTES - weights - scratch
-    artifact = sum(placement.num_bytes.values()) + _OTHER_FILES_BYTES
+    artifact = sum(placement.num_bytes.values()) + oracle_bytes(config) + _OTHER_FILES_BYTES
     kv = layout.num_bytes(options.context)
     moe = config.layers[0].moe
     per_token = step_bytes(

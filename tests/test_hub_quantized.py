@@ -22,6 +22,7 @@ from gemma4_export.exporter import hub
 from gemma4_export.exporter.commands.build import build as build_command
 from gemma4_export.exporter.commands.build import hub_checkpoint
 from gemma4_export.exporter.gguf_file import is_auxiliary
+from gemma4_export.exporter.oracle import oracle_bytes
 from gemma4_export.exporter.weights import place_weights
 from gemma4_export.exporter.write import _SPARE_BYTES
 
@@ -222,6 +223,7 @@ def test_room_for_download_and_artifact_together_is_asked_for_before_the_weights
 ) -> None:
     config = ModelConfig.from_hf(json.loads(files_of(tiny.checkpoint("31b"))["config.json"]))
     artifact = sum(place_weights(decoder_tensors(config).values(), load_recipe("int4")).num_bytes.values())
+    artifact += oracle_bytes(config)
     made = quantized.gguf_checkpoint("31b").folder
     others = [body for name, body in files_of(tiny.checkpoint("31b")).items() if name in COMPANIONS - {"config.json"}]
     download = (made / quantized.GGUF_NAME).stat().st_size + sum(map(len, others))

@@ -13,6 +13,7 @@ import pytest
 import small
 
 from gemma4_export.configs.errors import ConfigError
+from gemma4_export.configs.evidence import ORACLE_FILE
 from gemma4_export.configs.formats import BFLOAT16, INT8, WeightFormat
 from gemma4_export.configs.manifest import MANIFEST_NAME
 from gemma4_export.configs.model import ModelConfig
@@ -24,6 +25,7 @@ from gemma4_export.exporter import plan as module
 from gemma4_export.exporter.build import BuildOptions
 from gemma4_export.exporter.commands import main
 from gemma4_export.exporter.dummy import DummySource
+from gemma4_export.exporter.oracle import oracle_bytes
 from gemma4_export.exporter.plan import Plan, check_fits, make_plan, resolve_plan
 from gemma4_export.runtime.bench import bytes_per_token
 
@@ -126,7 +128,8 @@ def test_bytes_of_weights_and_artifact(model, recipe):
     assert plan.role_bytes == role_bytes(config, chosen)
     weights = sum(plan.role_bytes.values())
     padding = 2 * 64 * (len(decoder_tensors(config)) + 1)
-    assert OTHER_FILES <= plan.artifact_bytes - weights <= OTHER_FILES + padding
+    other_files = OTHER_FILES + oracle_bytes(config)
+    assert other_files <= plan.artifact_bytes - weights <= other_files + padding
     released = load_model(model)
     if recipe == "int4":  # the files that the quantisation-aware checkpoints consist of are a third of the plain ones
         assert released.qat is not None
@@ -168,7 +171,9 @@ def test_the_artifact_is_as_large_as_planned(structure, recipe, tmp_path):
     manifest = small.build_artifact(DummySource(model.config), tmp_path / "artifact", recipe=recipe, context=512)
     assert {role: entry.bytes for role, entry in manifest.census.items()} == plan.role_bytes
     weights = sum(entry.bytes for file, entry in manifest.files.items() if file.startswith("graphs/weights/"))
-    assert weights == plan.artifact_bytes - OTHER_FILES
+    oracle = manifest.files[ORACLE_FILE].bytes
+    assert 0 <= oracle - oracle_bytes(model.config) < 60_000  # a header of 100 bytes a tensor, and scalars
+    assert weights == plan.artifact_bytes - OTHER_FILES - oracle_bytes(model.config)
     total = sum(entry.bytes for entry in manifest.files.values())
     total += (tmp_path / "artifact" / MANIFEST_NAME).stat().st_size
     assert weights < total <= plan.artifact_bytes

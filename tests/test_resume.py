@@ -32,6 +32,7 @@ from gemma4_export.configs.recipe import Recipe, load_recipe
 from gemma4_export.exporter import build, package, write
 from gemma4_export.exporter.checkpoint import Checkpoint
 from gemma4_export.exporter.dummy import DummySource
+from gemma4_export.exporter.oracle import oracle_bytes
 from gemma4_export.exporter.write import JOURNAL_NAME
 
 HUB = {"structure": "e2b", "num_layers": 2}
@@ -574,7 +575,7 @@ def test_a_disk_too_small_is_refused_before_the_first_byte(source, undisturbed, 
 def test_what_a_stopped_build_wrote_counts_as_room(source, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "artifact"
     stopped(source, out, len(source.specs))
-    free = write._SPARE_BYTES + 1000
+    free = write._SPARE_BYTES + oracle_bytes(source.config)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     small.build_artifact(source, out)
@@ -586,13 +587,13 @@ def test_a_file_left_too_long_makes_no_room_for_the_others(source, tmp_path, mon
     work = stopped(source, tmp_path / "artifact", len(source.specs))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=write._SPARE_BYTES))
-    write.check_room(_placement(source), work)
+    write.check_room(_placement(source), work, oracle_bytes=0)
     table, *others = sorted((work / write.WEIGHTS_FOLDER).iterdir(), key=lambda path: path.name != "embed_tokens.bin")
     os.truncate(table, 1 << 30)  # takes no disk: it is a hole
-    write.check_room(_placement(source), work)
+    write.check_room(_placement(source), work, oracle_bytes=0)
     os.truncate(others[0], others[0].stat().st_size - 1)
     with pytest.raises(ConfigError, match="the artifact needs"):
-        write.check_room(_placement(source), work)
+        write.check_room(_placement(source), work, oracle_bytes=0)
 
 
 def test_a_download_counts_where_it_shares_the_disk(source, tmp_path, monkeypatch):
@@ -600,14 +601,13 @@ def test_a_download_counts_where_it_shares_the_disk(source, tmp_path, monkeypatc
     free = sum(placement.num_bytes.values()) + write._SPARE_BYTES + 10**9
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     work, cache = tmp_path / "a" / "b.partial", tmp_path / "c" / "hub"  # neither is there yet
-    write.check_room(placement, work, cache=cache, download_bytes=10**9)
+    write.check_room(placement, work, oracle_bytes=0, cache=cache, download_bytes=10**9)
     with pytest.raises(
         ConfigError, match=r"needs 0\.07 GB beside a download of 1\.00 GB, .*\n.* or set HF_HOME to one,"
     ):
-        write.check_room(placement, work, cache=cache, download_bytes=10**9 + 1)
-    write.check_room(
-        placement, work, cache=Path("/proc/self"), download_bytes=10**15
-    )  # never the disk of anything else
+        write.check_room(placement, work, oracle_bytes=0, cache=cache, download_bytes=10**9 + 1)
+    elsewhere = Path("/proc/self")  # never the disk of anything else
+    write.check_room(placement, work, oracle_bytes=0, cache=elsewhere, download_bytes=10**15)
 
 
 @pytest.mark.parametrize("room", [0, 1, 20_000, 60_001, 100_000])

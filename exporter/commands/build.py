@@ -69,6 +69,7 @@ def build(
     released = None if model is None or _is_foreign(model) else load_model(model)
     from gemma4_export.exporter.build import build_artifact, resolve_options
     from gemma4_export.exporter.commands.progress import BuildProgress
+    from gemma4_export.exporter.oracle import oracle_bytes
     from gemma4_export.exporter.package import partial_of
     from gemma4_export.exporter.weights import place_weights
     from gemma4_export.exporter.write import check_room
@@ -108,8 +109,13 @@ def build(
 
                 def check_before_weights(config: ModelConfig, cache: Path, download_bytes: int) -> None:
                     packing = choose(config, model_name=name).packing
-                    placement = place_weights(decoder_tensors(config).values(), chosen_recipe, packing=packing)
-                    check_room(placement, partial_of(artifact_of(name)), cache=cache, download_bytes=download_bytes)
+                    check_room(
+                        place_weights(decoder_tensors(config).values(), chosen_recipe, packing=packing),
+                        partial_of(artifact_of(name)),
+                        oracle_bytes=oracle_bytes(config),
+                        cache=cache,
+                        download_bytes=download_bytes,
+                    )
 
                 downloaded = download(
                     origin.hub_id,
