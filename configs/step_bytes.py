@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Protocol
 
 from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.configs.manifest import KVLayout
@@ -37,11 +37,11 @@ def cpu_matrix_bytes(roles: Mapping[str, StoredRole]) -> dict[str, int]:
     return sizes
 
 
-def cpu_memory_bytes(roles: Mapping[str, StoredRole], *, activations: Literal["int8", "fp32"]) -> dict[str, int]:
+def cpu_memory_bytes(roles: Mapping[str, StoredRole], *, activations: str) -> dict[str, int]:
     """Role -> bytes of memory that its matrices take in onnxruntime's CPU provider.
 
     For int8 activations it packs codes and scales together with the sum of each block's codes, a float32 beside each
-    scale. For float32 ones it packs codes alone and reads the scales where they are mapped.
+    scale. For others it packs codes alone and reads the scales where they are mapped.
     """
     sizes = cpu_matrix_bytes(roles)
     for role in sizes:
