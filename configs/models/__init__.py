@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,18 +46,16 @@ def load_model(name: str) -> ReleasedModel:
     Raises:
         ConfigError: there is none; the hint names the nearest.
     """
-    for size in names_in(_FOLDER):
-        for model in _load_size(size):
-            if name.lower() in (model.name, model.hub_id.lower()):
-                return model
-    hub_ids = [model.hub_id for size in names_in(_FOLDER) for model in _load_size(size)]
-    hint = nearest(name, hub_ids) if "/" in name else nearest(name.lower(), model_names())
-    raise ConfigError(f"model {name!r} is not known", hint=hint)
+    for model in _released():
+        if name.lower() in (model.name, model.hub_id.lower()):
+            return model
+    known = [model.hub_id for model in _released()] if "/" in name else model_names()
+    raise ConfigError(f"model {name!r} is not known", hint=nearest(name if "/" in name else name.lower(), known))
 
 
 def released_ids() -> list[str]:
     """Every hub id of a released checkpoint, in lower case."""
-    return [model.hub_id.lower() for size in names_in(_FOLDER) for model in _load_size(size)]
+    return [model.hub_id.lower() for model in _released()]
 
 
 def plain_id_of(hub_id: str) -> str | None:
@@ -64,19 +63,27 @@ def plain_id_of(hub_id: str) -> str | None:
 
     ``bartowski/google_gemma-4-E2B-it-GGUF`` is made from ``google/gemma-4-E2B-it``, not from its base model.
     """
-    own_name = hub_id.rsplit("/", 1)[-1].lower()
-    released = [model.hub_id for size in names_in(_FOLDER) for model in _load_size(size)]
-    return max((name for name in released if name.rsplit("/", 1)[-1].lower() in own_name), key=len, default=None)
+    own_name = _own_name(hub_id)
+    found = [model.hub_id for model in _released() if _own_name(model.hub_id) in own_name]
+    return max(found, key=len, default=None)
 
 
 def name_of(checkpoint: str) -> str:
     """What a checkpoint called ``checkpoint`` (a hub id or a folder) is: a released one's short name, else its own."""
-    own_name = checkpoint.rsplit("/", 1)[-1]
+    for model in _released():
+        if _own_name(model.hub_id) == _own_name(checkpoint):
+            return model.name
+    return checkpoint.rsplit("/", 1)[-1]
+
+
+def _own_name(hub_id: str) -> str:
+    """Without the owner, in lower case."""
+    return hub_id.rsplit("/", 1)[-1].lower()
+
+
+def _released() -> Iterator[ReleasedModel]:
     for size in names_in(_FOLDER):
-        for model in _load_size(size):
-            if own_name.lower() == model.hub_id.rsplit("/", 1)[-1].lower():
-                return model.name
-    return own_name
+        yield from _load_size(size)
 
 
 def _load_size(size: str) -> tuple[ReleasedModel, ReleasedModel]:
