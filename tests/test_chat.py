@@ -19,8 +19,8 @@ from gemma4_export.configs.errors import ConfigError, ContractError
 from gemma4_export.runtime import Gemma4
 from gemma4_export.runtime.chat_session import ChatSession, Dropped
 from gemma4_export.runtime.commands.chat import chat
-from gemma4_export.runtime.commands.chat_terminal import ChatTerminal, read_message
-from gemma4_export.runtime.reply import Finished, ReplyParser, TextPiece, ThoughtPiece
+from gemma4_export.runtime.commands.chat_terminal import ChatTerminal, ending_texts, read_message
+from gemma4_export.runtime.reply import Finished, FinishReason, ReplyParser, TextPiece, ThoughtPiece
 
 DEMO = Path(__file__).parent.parent / "demo"
 CONTEXT = 1200
@@ -244,7 +244,37 @@ def test_a_malformed_call_is_shown_as_text_with_its_reason(
     shown = capsys.readouterr()
     assert shown.out == ""
     reason = reply.malformed_calls[0].reason
-    assert shown.err == f"[call:get_price{{item]\n[a tool call could not be read: {reason}]\n"
+    assert shown.err == (
+        f"[call:get_price{{item]\n[a tool call could not be read: {reason}]\n[no answer, so the question is not kept]\n"
+    )
+
+
+_CALL = '<|tool_call>call:get_price{item:<|"|>hat<|"|>}<tool_call|>'
+
+
+@pytest.mark.parametrize(
+    ("said", "finish_reason", "endings"),
+    [
+        ("yes", "stop", []),
+        ("", "stop", ["[no answer, so the question is not kept]"]),
+        (_CALL, "stop", []),  # its result is asked for
+        ("yes", "cancelled", ["[stopped]"]),
+        (_CALL, "cancelled", ["[stopped; no answer yet, so the question is not kept]"]),
+        (_CALL, "length", ["[cut off: the context of 4 tokens is full; no answer yet, so the question is not kept]"]),
+    ],
+)
+def test_an_ending_says_what_is_not_kept(
+    said: str, finish_reason: FinishReason, endings: list[str], model: Gemma4
+) -> None:
+    parser = ReplyParser([], model.tokenizer)
+    for index in model.tokenizer.encode(said):
+        parser.push(index)
+    parser.finish()
+    reply = parser.reply(finish_reason)
+    assert list(ending_texts(reply, context=4)) == endings
+    session = ChatSession(model)
+    session._finish([{"role": "user", "content": "What does a hat cost?"}], reply)
+    assert (session.num_turns + len(session.waiting_for) == 0) == any("not kept" in ending for ending in endings)
 
 
 # Called here and not as a process, so that their messages count as triggered.
@@ -268,7 +298,7 @@ def test_a_command_that_is_none_is_refused(line: str, model: Gemma4, monkeypatch
 
 def test_a_closed_stdin_is_refused(model: Gemma4, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(ConfigError, match="stdin is closed") as caught:
+    with pytest.raises(ConfigError, match=r"^standard input is closed") as caught:
         ChatTerminal(ChatSession(model), hide_thoughts=False)
     assert "gemma4-run generate" in str(caught.value.hint)
 

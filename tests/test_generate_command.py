@@ -12,9 +12,11 @@ from typing import Any
 
 import artifacts
 import pytest
+from typer.testing import CliRunner
 
 from gemma4_export.configs.errors import ConfigError
-from gemma4_export.runtime import Gemma4, prompts
+from gemma4_export.runtime import Gemma4
+from gemma4_export.runtime.commands import app, prompts
 from gemma4_export.runtime.commands.generate import generate
 
 
@@ -64,6 +66,7 @@ def test_thoughts_are_dimmed_in_a_terminal_unless_colour_is_unwanted(
 ) -> None:
     for no_colour, expected in (("", "\x1b[2mhmm\x1b[0m\n"), ("1", "hmm\n")):
         monkeypatch.setenv("NO_COLOR", no_colour)
+        monkeypatch.setenv("TERM", "xterm")
         terminal = Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
         said.append("<|channel>thought\nhmm<channel|>yes<turn|>")
@@ -72,12 +75,24 @@ def test_thoughts_are_dimmed_in_a_terminal_unless_colour_is_unwanted(
         assert terminal.getvalue().replace("\x1b[0m\x1b[2m", "") == expected
 
 
+def test_a_terminal_shows_what_would_steer_it_and_a_file_keeps_it(
+    folder: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stdout, expected in ((Terminal(), "a�]0;title�b\n"), (io.StringIO(), "a\x1b]0;title\x07b\n")):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        said.append("a\x1b]0;title\x07b<turn|>")
+        generate(folder, prompt="hello")
+        assert stdout.getvalue() == expected
+
+
 def test_calls_and_problems_are_shown(folder: Path, said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     said.append('<|tool_call>call:f{a:<|"|>é<|"|>}<tool_call|><|tool_call>call:g(1)<tool_call|><|tool_response>')
     generate(folder, prompt="hello")
     out, err = capsys.readouterr()
     assert out == 'call f {"a": "é"}\n\n'
-    assert err == "note: a tool call could not be read: expected { after the name g, found '(1)'\n"
+    assert err == (
+        "malformed call:g(1)\nnote: a tool call could not be read: expected { after the name g, found '(1)'\n"
+    )
 
 
 def test_json_has_everything_a_line_a_prompt(
@@ -109,9 +124,49 @@ def test_options_reach_the_model(folder: Path, capsys: pytest.CaptureFixture[str
     hot = {"temperature": 3.0, "top_k": 0, "top_p": 1.0}
     assert ids(seed=1, **hot) == ids(seed=1, **hot) != ids(seed=2, **hot)
     assert ids(seed=1, **hot) != ids(seed=1, **hot | {"min_p": 1.0})
-    first = ids(temperature=0)[0]
-    assert first not in ids(temperature=0, presence_penalty=1e6)[1:]
-    assert len(ids(temperature=0, raw=True, threads=1)) <= 6
+    assert ids(temperature=0)[0] not in ids(temperature=0, presence_penalty=1e6)[1:]
+
+
+class ReachedError(Exception):
+    """Stands for an answer."""
+
+
+@pytest.mark.parametrize(
+    ("command", "text"), [(["generate", "--prompt", "hello"], "hello"), (["chat"], "")], ids=["generate", "chat"]
+)
+def test_every_option_of_a_command_line_reaches_the_model(
+    command: list[str], text: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.6, "min_p": 0.1, "seed": 8}
+    given |= {"repetition_penalty": 1.2, "presence_penalty": 0.3, "thinking_budget": 9}
+
+    def reached(model: Gemma4, ids: list[int], **options: Any) -> None:
+        assert options == given | {"stop": ["x", "y"]}
+        assert ids == model.encode([{"role": "user", "content": text}], enable_thinking=True)
+        session = model.decoder._session._session  # type: ignore[attr-defined]
+        assert session.get_session_options().intra_op_num_threads == 3
+        raise ReachedError
+
+    monkeypatch.setattr(Gemma4, "stream_ids", reached)
+    typed = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    line = [*command, str(folder), *typed, "--stop", "x", "--stop", "y", "--thinking", "--threads", "3"]
+    with pytest.raises(ReachedError):
+        CliRunner().invoke(app, line, catch_exceptions=False)
+
+
+def test_raw_text_has_no_chat_around_it(folder: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    stream_ids = Gemma4.stream_ids
+
+    def watched(model: Gemma4, ids: list[int], **options: Any) -> Any:
+        seen.append(ids)
+        assert ids == model.encode_raw("hello")
+        return stream_ids(model, ids, **options)
+
+    monkeypatch.setattr(Gemma4, "stream_ids", watched)
+    said.append("yes<turn|>")
+    generate(folder, prompt="hello", raw=True)
+    assert len(seen) == 1
 
 
 def test_conversations_with_tools_come_from_jsonl(
@@ -168,7 +223,7 @@ def test_standard_input_that_is_closed_is_said(folder: Path, monkeypatch: pytest
     finished = subprocess.run(["sh", "-c", line, "sh", *command], capture_output=True, text=True, check=False)
     assert (finished.returncode, finished.stdout) == (2, "")
     assert finished.stderr == (
-        'error: standard input is closed\nhint: pipe text into it, or give it as --prompt "Hello"\n'
+        'error: standard input is closed\nhint: pipe text into it, or: gemma4-run generate ARTIFACT --prompt "Hello"\n'
     )
 
 

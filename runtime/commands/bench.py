@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gemma4_export.runtime.bench import bench as measure
+from gemma4_export.runtime.commands import options
+from gemma4_export.runtime.commands.screen import show
 
 
 def bench(
-    artifact: Annotated[Path, typer.Argument(help="Folder that gemma4-export build wrote.")],
+    artifact: options.ArtifactFolder,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens to prefill.", min=1)] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Runs; medians are reported.", min=1)] = 5,
@@ -23,8 +24,7 @@ def bench(
     """Measure load, prefill and decode of an artifact on this machine."""
 
     def say(line: str) -> None:
-        if sys.stderr is not None:  # closed by the caller: print would fall back to stdout
-            print(line, file=sys.stderr)
+        show(sys.stderr, f"{line}\n")
 
     result = measure(artifact, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, say=say)
     if as_json:

@@ -10,33 +10,30 @@ import typer
 
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.runtime.chat_session import ChatSession
+from gemma4_export.runtime.commands import options
 from gemma4_export.runtime.commands.chat_terminal import ChatTerminal
 from gemma4_export.runtime.gemma4 import DEFAULT_MAX_NEW_TOKENS, Gemma4
 
 
 def chat(
-    artifact: Annotated[Path, typer.Argument(help="Folder that gemma4-export build wrote.")],
+    artifact: options.ArtifactFolder,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     tools: Annotated[
         Path | None, typer.Option(help="JSON file, a list of tools; you are asked for the results of calls.")
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Longest answer in tokens, its thought included.", min=1)
-    ] = DEFAULT_MAX_NEW_TOKENS,
-    temperature: Annotated[
-        float | None, typer.Option(help="0: always the most likely token, reproducible. Default: the checkpoint's.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Choose among so many of the likeliest tokens; 0: all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest that reach this; 1: all.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Choose among those this near the likeliest; 0: all.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less. 1: off.")] = None,
-    presence_penalty: Annotated[float | None, typer.Option(help="Above 0: stay less on one thing. 0: off.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same answers again. Default: others each time.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End an answer before this text; may be repeated.")] = None,
-    thinking: Annotated[bool, typer.Option("--thinking", help="Ask for a thought before each answer.")] = False,
-    thinking_budget: Annotated[int | None, typer.Option(help="Longest thought in tokens.", min=1)] = None,
+    max_new_tokens: options.MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    thinking: options.Thinking = False,
+    thinking_budget: options.ThinkingBudget = None,
     hide_thoughts: Annotated[bool, typer.Option("--hide-thoughts", help="Say only that the model thinks.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads that compute. Default: one a core.")] = None,
+    threads: options.Threads = None,
 ) -> None:
     """Talk to a model; /help lists what can be typed. Answers go to stdout, all else to stderr."""
     schemas = None if tools is None else _read_tools(tools)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +11,8 @@ from typing import TextIO
 
 from gemma4_export.configs.errors import ConfigError, Gemma4Error, nearest
 from gemma4_export.runtime.chat_session import ChatSession, Dropped
+from gemma4_export.runtime.commands.prompts import stdin
+from gemma4_export.runtime.commands.screen import show
 from gemma4_export.runtime.reply import (
     Event,
     Finished,
@@ -25,9 +25,6 @@ from gemma4_export.runtime.reply import (
 from gemma4_export.runtime.tool_syntax import ToolCall
 
 _BLOCK = '"""'
-_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
-# What a terminal would obey instead of showing it: C0 but tab and newline, DEL, C1.
-_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 HELP = """\
 /clear         forget the conversation; the system prompt stays
@@ -75,11 +72,10 @@ class ChatTerminal:
     """
 
     def __init__(self, session: ChatSession, *, hide_thoughts: bool) -> None:
-        if sys.stdin is None or sys.stdin.closed:
-            raise ConfigError("stdin is closed: nobody can ask", hint="gemma4-run generate ARTIFACT --prompt TEXT")
+        """Raises ConfigError: standard input is closed."""
         self._session = session
         self._hide_thoughts = hide_thoughts
-        self._is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self._is_interactive = stdin().isatty() and sys.stdout.isatty()
         self._doing = ""  # "thought" or "text" while such a part is open
         self._ends_line = True  # whether what was shown of it ends a line
         if self._is_interactive:
@@ -169,16 +165,8 @@ class ChatTerminal:
         self._write(sys.stderr, f"{text}\n", dim=True)
 
     def _write(self, stream: TextIO | None, text: str, *, dim: bool = False) -> None:
-        if stream is None:  # closed by the caller
-            return
-        ends_line = text.endswith("\n")
-        if stream.isatty():
-            text = _STEERING.sub("�", text)
-            if dim and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
-                text = f"{_DIM}{text}{_PLAIN}"
-        stream.write(text)
-        stream.flush()
-        self._ends_line = ends_line
+        show(stream, text, dim=dim)
+        self._ends_line = text.endswith("\n")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Commands
@@ -258,17 +246,18 @@ def call_text(call: ToolCall) -> str:
 def ending_texts(reply: Reply, context: int) -> Iterator[str]:
     """What one should know about how an answer ended."""
     yield from (f"[{problem}]" for problem in reply.problems)
-    kept = "" if reply.text or reply.tool_calls else "; no answer yet, so the question is not kept"
+    kept = "" if reply.text else "; no answer yet, so the question is not kept"
     if reply.finish_reason == "cancelled":
         yield f"[stopped{kept}]"
     elif reply.finish_reason == "length":
         usage = reply.usage
         is_full = usage.num_prompt_tokens + usage.num_new_tokens >= context
-        yield (
-            f"[cut off: the context of {context} tokens is full{kept}]"
-            if is_full
-            else (f"[cut off after {usage.num_new_tokens} tokens: give a larger --max-new-tokens{kept}]")
-        )
+        if is_full:
+            yield f"[cut off: the context of {context} tokens is full{kept}]"
+        else:
+            yield f"[cut off after {usage.num_new_tokens} tokens: give a larger --max-new-tokens{kept}]"
+    elif reply.finish_reason == "stop" and not reply.text:
+        yield "[no answer, so the question is not kept]"
 
 
 def stats_lines(session: ChatSession) -> Iterator[str]:

@@ -4,48 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
-from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 
 from gemma4_export.configs.errors import ConfigError
+from gemma4_export.runtime.commands import options
+from gemma4_export.runtime.commands.prompts import Prompt, read_prompt, read_prompts
+from gemma4_export.runtime.commands.screen import show
 from gemma4_export.runtime.gemma4 import DEFAULT_MAX_NEW_TOKENS, Gemma4
-from gemma4_export.runtime.prompts import Prompt, read_prompt, read_prompts
-from gemma4_export.runtime.reply import Finished, TextPiece, ThoughtPiece, ToolCallPiece
+from gemma4_export.runtime.reply import Finished, MalformedCallPiece, TextPiece, ThoughtPiece, ToolCallPiece
 from gemma4_export.runtime.stream import Stream
-
-_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def generate(
-    artifact: Annotated[Path, typer.Argument(help="Folder that gemma4-export build wrote.")],
+    artifact: options.ArtifactFolder,
     prompt: Annotated[str | None, typer.Option(help="What to say to the model; - reads standard input.")] = None,
     prompt_file: Annotated[
         str | None,
         typer.Option(help="A prompt a line; *.jsonl: a conversation a line, with its tools; - reads standard input."),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Longest answer in tokens, its thought included.", min=1)
-    ] = DEFAULT_MAX_NEW_TOKENS,
-    temperature: Annotated[
-        float | None, typer.Option(help="0: always the most likely token, reproducible. Default: the checkpoint's.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Choose among so many of the likeliest tokens; 0: all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest that reach this; 1: all.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Choose among those this near the likeliest; 0: all.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less. 1: off.")] = None,
-    presence_penalty: Annotated[float | None, typer.Option(help="Above 0: stay less on one thing. 0: off.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same answer again. Default: another each time.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
-    thinking: Annotated[bool, typer.Option("--thinking", help="Ask for a thought before the answer.")] = False,
-    thinking_budget: Annotated[int | None, typer.Option(help="Longest thought in tokens.", min=1)] = None,
+    max_new_tokens: options.MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    thinking: options.Thinking = False,
+    thinking_budget: options.ThinkingBudget = None,
     hide_thoughts: Annotated[bool, typer.Option("--hide-thoughts", help="Show no thoughts on stderr.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat, one BOS in front.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads that compute. Default: one a core.")] = None,
+    threads: options.Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
 ) -> None:
     """Answer prompts, printing text as it comes; thoughts go to stderr."""
@@ -76,7 +70,7 @@ def generate(
                     json.dumps(dataclasses.asdict(stream.wait()) | {"load_s": load_s}, ensure_ascii=False), flush=True
                 )
             else:
-                _show(stream, None if hide_thoughts else sys.stderr)
+                _show(stream, hide_thoughts=hide_thoughts)
 
 
 def _encode(model: Gemma4, prompt: Prompt, *, is_raw: bool, thinking: bool) -> list[int]:
@@ -87,23 +81,25 @@ def _encode(model: Gemma4, prompt: Prompt, *, is_raw: bool, thinking: bool) -> l
     return model.encode_raw(prompt.text)
 
 
-def _show(stream: Stream, thoughts: TextIO | None) -> None:
+def _show(stream: Stream, *, hide_thoughts: bool) -> None:
     """Text and calls on stdout; thoughts, dimmed in a terminal, and what was odd on stderr."""
-    is_dim = thoughts is not None and thoughts.isatty() and not os.environ.get("NO_COLOR")
-    dim, plain = (_DIM, _PLAIN) if is_dim else ("", "")
+    thoughts = None if hide_thoughts else sys.stderr
     was_thought = False
     for event in stream:
         is_thought = isinstance(event, ThoughtPiece)
-        if was_thought and not is_thought and thoughts is not None:
-            print(file=thoughts, flush=True)
+        if was_thought and not is_thought:
+            show(thoughts, "\n")
         was_thought = is_thought
-        if isinstance(event, TextPiece):
-            print(event.text, end="", flush=True)
-        elif isinstance(event, ThoughtPiece) and thoughts is not None:
-            print(f"{dim}{event.text}{plain}", end="", file=thoughts, flush=True)
-        elif isinstance(event, ToolCallPiece):
-            print(f"call {event.call.name} {json.dumps(event.call.arguments, ensure_ascii=False)}", flush=True)
-        elif isinstance(event, Finished):
-            print(flush=True)
-            for problem in event.reply.problems if sys.stderr is not None else ():
-                print(f"note: {problem}", file=sys.stderr, flush=True)
+        match event:
+            case TextPiece(text=text):
+                show(sys.stdout, text)
+            case ThoughtPiece(text=text):
+                show(thoughts, text, dim=True)
+            case ToolCallPiece(call=call):
+                show(sys.stdout, f"call {call.name} {json.dumps(call.arguments, ensure_ascii=False)}\n")
+            case MalformedCallPiece(call=malformed):
+                show(sys.stderr, f"malformed {malformed.text}\n")
+            case Finished(reply=reply):
+                show(sys.stdout, "\n")
+                for problem in reply.problems:
+                    show(sys.stderr, f"note: {problem}\n")

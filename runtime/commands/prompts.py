@@ -66,7 +66,9 @@ def stdin() -> TextIO:
         ConfigError: it is closed.
     """
     if sys.stdin is None or sys.stdin.closed:
-        raise ConfigError("standard input is closed", hint='pipe text into it, or give it as --prompt "Hello"')
+        raise ConfigError(
+            "standard input is closed", hint='pipe text into it, or: gemma4-run generate ARTIFACT --prompt "Hello"'
+        )
     return sys.stdin
 
 
