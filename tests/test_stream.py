@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -336,4 +335,4 @@ def test_memory_left_is_the_least_of_system_and_container(tmp_path: Path) -> Non
     assert memory.available_bytes(tmp_path) == 600_000
     (group / "memory.max").write_text("max\n")
     assert memory.available_bytes(tmp_path) == 5000 * 1024
-    assert memory.available_bytes() is None or math.isfinite(memory.available_bytes() or 0)
+    assert (memory.available_bytes() or 0) > 1e6  # the machine's own
