@@ -1,5 +1,6 @@
 """Artifact folder to tokens, without torch. Heavy libraries are imported when an artifact is loaded, not here."""
 
+from gemma4_export.runtime.chat_session import ChatSession, Dropped
 from gemma4_export.runtime.chat_template import ChatTemplate
 from gemma4_export.runtime.gemma4 import Gemma4
 from gemma4_export.runtime.kv_cache import KVCache
@@ -24,7 +25,9 @@ from gemma4_export.runtime.tokenizer import Tokenizer
 from gemma4_export.runtime.tool_syntax import ToolCall
 
 __all__ = [
+    "ChatSession",
     "ChatTemplate",
+    "Dropped",
     "Event",
     "Finished",
     "Gemma4",
