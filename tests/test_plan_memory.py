@@ -56,8 +56,8 @@ WIDE |= {"vocab_size": 32768, "vocab_size_per_layer_input": 32768}
 # a wrong formula is off by is the float32 sums of the blocks, a sixth of what int4 weights take: 30 MB.
 SESSION = 20e6
 """The most that is not weights (bytes)."""
-# What onnxruntime frees while it packs bfloat16, glibc keeps where it is below 32 MiB: 115 MB beside 447 MB of weights
-# in the worst case seen, all back after malloc_trim. With a threshold of its own it gives that back at once.
+# What onnxruntime frees while it packs bfloat16, glibc keeps where it is below 32 MiB: 115 to 170 MB beside 447 MB of
+# weights in the worst case seen; malloc_trim got 115 of 115 back. With a threshold of its own it keeps next to nothing.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
