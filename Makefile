@@ -30,8 +30,8 @@ measure: $(VENV)/.dev  ## figures of docs/measurements: by hand, on a quiet mach
 plugins: $(VENV)/.dev  ## plugins/lib/libgemma4_plugins.so: our CUDA kernels as TensorRT plugins, nvcc from pip
 	$(BIN)/python -m gemma4_export.plugins.compile
 
-clean:  ## remove environments, caches and built artifacts
-	rm -rf .venv .venv-* gemma4-* build dist .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove environments and caches; artifacts that somebody built stay
+	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from gemma4_export.configs.evidence import IDENTITY_KEY, ORACLE_FILE, layer_taps
@@ -88,7 +88,8 @@ def record_oracle(
     with torch.inference_mode():
         tensors = _Oracle(config, StoredWeights(folder, placement)).record(ids, on_layer)
     arrays = {name: value.contiguous().numpy() for name, value in tensors.items()}
-    save_file(arrays, folder / ORACLE_FILE, metadata={IDENTITY_KEY: identity})
+    # Not save_file: it makes a file that only its owner can read, whatever the umask.
+    (folder / ORACLE_FILE).write_bytes(save(arrays, metadata={IDENTITY_KEY: identity}))
 
 
 class _Oracle:

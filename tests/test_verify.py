@@ -324,6 +324,11 @@ def replace_oracle(folder: Path, edit: Callable[[dict[str, np.ndarray]], object]
     stamp(folder, ORACLE_FILE)
 
 
+def test_whoever_may_read_the_artifact_may_read_its_oracle():
+    modes = {(artifact("e2b") / name).stat().st_mode for name in (ORACLE_FILE, MANIFEST_NAME)}
+    assert len(modes) == 1
+
+
 def test_an_oracle_of_another_model_is_refused(copy):
     folder = copy("12b")
     shutil.copy(artifact("31b") / ORACLE_FILE, folder / ORACLE_FILE)
