@@ -150,6 +150,6 @@ def _score(task: str, on: bool, tally: _Tally) -> Score:
         low=round(low, 4),
         high=round(high, 4),
         num_new_tokens=tally.num_new_tokens,
-        seconds=round(tally.seconds, 2),
+        seconds=tally.seconds,
         wrong=tally.wrong,
     )

@@ -20,6 +20,7 @@ from conftest import REPOSITORY
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.runtime import Gemma4, ToolCall
 from gemma4_export.runtime.bars import bars
+from gemma4_export.runtime.commands.eval import evaluate_command
 from gemma4_export.runtime.eval import Score, evaluate
 from gemma4_export.runtime.questions import Question, is_right, read_questions, wilson
 
@@ -255,9 +256,8 @@ def test_misuse_of_the_command_ends_with_2_and_a_hint(tmp_path: Path) -> None:
     bad = _run(artifact, str(_file(tmp_path, "{")))
     assert (bad.returncode, bad.stdout) == (2, "")
     assert "set.jsonl:1: not JSON" in bad.stderr
-    drawn = _run(artifact, str(_file(tmp_path, {"messages": ASK, "answer": "4"})), "--image", "bars.png")
-    assert drawn.returncode == 2
-    assert "hint: --image bars.svg" in drawn.stderr
+    with pytest.raises(ConfigError, match=r"--image bars.png: only SVG is drawn\nhint: --image bars.svg"):
+        evaluate_command(artifact, [_file(tmp_path, {"messages": ASK, "answer": "4"})], image=Path("bars.png"))
     pictures = _run(artifact, str(DEMO / "data" / "picture_digits.jsonl"), "--limit", "1")
     assert pictures.returncode == 2
     assert "picture_digits.jsonl:1: " in pictures.stderr

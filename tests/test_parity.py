@@ -255,7 +255,8 @@ _BUILD = "import sys, pathlib, artifacts; artifacts.build_artifact(*map(pathlib.
 )
 def test_a_build_in_another_process_gives_the_same_bytes(structure, tmp_path):
     # Another hash seed: an order that comes from a set would show.
-    environment = os.environ | {"PYTHONHASHSEED": "4711", "PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONHASHSEED": "4711", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", _BUILD, str(tiny.checkpoint(structure)), str(tmp_path / "artifact")]
     subprocess.run(command, check=True, env=environment, timeout=300)
     here, there = contents(artifact(structure, chunk=7)), contents(tmp_path / "artifact")

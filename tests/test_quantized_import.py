@@ -738,6 +738,15 @@ def test_header_that_cannot_be_is_named(content: bytes, cause: str, tmp_path: Pa
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(("kind", "cause"), [(99, "metadata value type 99"), (9, "metadata array of type 77")])
+def test_metadata_of_no_known_type_is_refused(kind: int, cause: str, tmp_path: Path) -> None:
+    value = struct.pack("<I", kind) + struct.pack("<IQ", 77, 1)  # read as an array of one item where kind is 9
+    content = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + value
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"^model.gguf: .*{cause} at byte \d+"):
+        read_gguf_header(tmp_path / "model.gguf")
+
+
 def test_name_in_a_damaged_file_cannot_steer_a_terminal(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(header(names=["\x1b[2J\nok", "\x1b[2J\nok"]))
     with pytest.raises(CheckpointError) as caught:
