@@ -24,6 +24,7 @@ from gemma4_export.runtime.tokenizer import Tokenizer, load_stop_ids
 _log = logging.getLogger(__name__)
 
 _MEDIA = ("image", "image_url", "audio", "input_audio", "video")
+_ASKING = ("user", "system", "developer")
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 MAX_THREADS = 1024
@@ -153,7 +154,7 @@ class Gemma4:
                 f"{name} is a base model: its checkpoint has no chat template",
                 hint="gemma4-run generate ARTIFACT --raw --prompt TEXT, or build the instruction-tuned checkpoint",
             )
-        _refuse_media(messages)
+        _check_content(messages)
         return self.tokenizer.encode_chat(
             self.template,
             messages,
@@ -305,18 +306,34 @@ class Gemma4:
         return pick
 
 
-def _refuse_media(messages: Sequence[Mapping[str, Any]]) -> None:
-    """A placeholder without its picture would be read as text, and nobody would know."""
-    # what is no list at all, the template refuses
+def _check_content(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what a template would pass over in silence: nobody would know that it was not read."""
+    # what is no list of mappings at all, the template refuses
     for index, message in enumerate(messages if isinstance(messages, (list, tuple)) else ()):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for part in content if isinstance(content, (list, tuple)) else ():
+        if not isinstance(message, Mapping):
+            continue
+        content, where = message.get("content"), f"messages[{index}]"
+        parts = content if isinstance(content, (list, tuple)) else ()
+        for part in parts:
             kind = part.get("type") if isinstance(part, Mapping) else None
             if kind in _MEDIA:
                 raise ConfigError(
-                    f"messages[{index}]: {kind} parts are not read by this version, which packs no vision or audio",
+                    f"{where}: {kind} parts are not read by this version, which packs no vision or audio",
                     hint="send text only",
                 )
+        # a model's turn may be tool calls alone, and a tool's result any JSON
+        if message.get("role") in _ASKING and "tool_responses" not in message:
+            _check_text(where, content, parts)
+
+
+def _check_text(where: str, content: Any, parts: Sequence[Any]) -> None:
+    hint = '{"role": "user", "content": "Hello"}, or "content": [{"type": "text", "text": "Hello"}]'
+    if not isinstance(content, str) and not parts:
+        raise ConfigError(f"{where}: content is {content!r:.60}, expected text or a list of parts", hint=hint)
+    for index, part in enumerate(parts):
+        is_text = isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text:
+            raise ConfigError(f"{where}: part {index} is {part!r:.60}, expected a text part", hint=hint)
 
 
 def _check_count(name: str, value: Any, hint: str) -> None:

@@ -276,6 +276,34 @@ def test_more_threads_than_any_machine_has_cores_are_refused(folder: Path) -> No
         Gemma4.load(folder, num_threads=100_000)
 
 
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (None, r"messages\[0\]: content is None, expected text or a list of parts"),
+        ({"a": 1}, r"messages\[0\]: content is \{'a': 1\}, expected text"),
+        ([], r"messages\[0\]: content is \[\], expected text"),
+        (["Hello"], r"messages\[0\]: part 0 is 'Hello', expected a text part"),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": 5}], r"messages\[0\]: part 1 is \{'type'"),
+        ([{"type": "poem", "text": "a"}], r"messages\[0\]: part 0 is \{'type': 'poem'"),
+        ([{"type": "image", "image": "a.png"}], r"messages\[0\]: image parts are not read by this version"),
+    ],
+)
+def test_content_that_a_template_would_pass_over_is_refused(model: Gemma4, content: Any, cause: str) -> None:
+    for role in ("user", "system"):
+        with pytest.raises(ConfigError, match=rf"^{cause}") as caught:
+            model.encode([{"role": role, "content": content}])
+        assert caught.value.hint
+    assert model.encode([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]) == model.encode(
+        [{"role": "user", "content": "Hi"}]
+    )
+
+
+def test_a_turn_of_tool_calls_needs_no_content(model: Gemma4) -> None:
+    call = {"function": {"name": "now", "arguments": {}}}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]}]
+    assert len(model.encode([*turns, {"role": "user", "content": "So?"}])) > len(model.encode(turns[:1]))
+
+
 @pytest.mark.parametrize("messages", [None, 5])
 def test_messages_that_are_no_list_are_refused(model: Gemma4, messages: Any) -> None:
     with pytest.raises(ConfigError, match=r"^messages: expected a list of mappings, got "):
