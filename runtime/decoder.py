@@ -108,6 +108,8 @@ class Decoder:
             yield start, tokens[start : start + chunk]
 
     def _check_ids(self, ids: Sequence[int]) -> Int64:
+        if _is_one_below(ids, self.manifest.model.vocab_size):
+            return np.array(ids, np.int64)
         tokens = _as_array(ids)
         if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise ContractError(
@@ -134,6 +136,8 @@ class Decoder:
         return chunk
 
     def _check_rows(self, rows: Sequence[int], count: int) -> Int64:
+        if _is_one_below(rows, count):
+            return np.array(rows, np.int64)
         wanted = _as_array(rows)
         if wanted.size == 0:
             return np.zeros(0, np.int64)
@@ -147,6 +151,11 @@ class Decoder:
                 f"rows: {worst} is not an index into {count} ids", hint="rows count from the first of ids"
             )
         return wanted.astype(np.int64)
+
+
+def _is_one_below(values: Sequence[int], end: int) -> bool:
+    """Whether this is a list of one index below ``end``, as every decode step has: told without NumPy's 10 µs."""
+    return type(values) is list and len(values) == 1 and type(values[0]) is int and 0 <= values[0] < end
 
 
 def _as_array(values: Sequence[int]) -> np.ndarray[Any, np.dtype[Any]]:

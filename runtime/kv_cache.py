@@ -77,14 +77,14 @@ class KVCache:
                 self._compact(window - 1)
         if end > self._global_slots:
             self._grow(end)
-        positions = np.arange(self.length, end, dtype=np.int32)[None]
-        start = np.maximum(positions - ((window or 0) - 1), 0)
+        ends = np.arange(self.length + 1, end + 1, dtype=np.int32)[None]
+        start = np.maximum(ends - (window or 0), 0)
         return CallSlots(
             sliding_write_index=self.length - self.base,
             global_write_index=self.length,
             sliding_start=start - self.base,
-            sliding_end=positions + 1 - self.base,
-            global_end=positions + 1,
+            sliding_end=ends - self.base,
+            global_end=ends,
         )
 
     def advance(self, num_tokens: int) -> None:

@@ -30,7 +30,8 @@ Float64 = np.ndarray[Any, np.dtype[np.float64]]
 Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
 MAX_LOGPROBS = 64
-_BLOCK = 512
+_COLUMNS = 4096
+_GROUPS = 256
 _FIRST_GUESS = 256
 """Tokens that nearly always hold what top-p or min-p keep."""
 _MAX_SEED = 2**64 - 1
@@ -161,6 +162,8 @@ class Sampler:
             len(self._suppressed) or len(self._bias) or sampling.repetition_penalty != 1 or sampling.presence_penalty
         )
         self._logprobs: list[TokenLogprob] = []
+        # Kept: the system hands out and clears a fresh megabyte page by page.
+        self._scores = np.empty(vocab_size if self._changes else 0, np.float32)
 
     def pick(self, logits: Float32) -> int:
         """The next token for the model's ``logits`` [V], which stay as they are.
@@ -184,7 +187,8 @@ class Sampler:
         return None if self._num_logprobs is None else tuple(self._logprobs)
 
     def _changed(self, logits: Float32) -> Float32:
-        scores, sampling = logits.copy(), self._sampling
+        scores, sampling = self._scores, self._sampling
+        np.copyto(scores, logits)
         scores[self._bias_ids] += self._bias
         if sampling.repetition_penalty != 1:
             ids = np.fromiter(self._seen | self._answered, np.int64)
@@ -197,9 +201,9 @@ class Sampler:
 
     def _draw(self, scores: Float32) -> int:
         ids, probabilities = candidates(scores, self._sampling)
-        cumulative = np.cumsum(probabilities)
+        cumulative = probabilities.cumsum()
         # below 1 as drawn; the product may round up to the sum
-        at = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        at = int(cumulative.searchsorted(self._random.random() * cumulative[-1], side="right"))
         return int(ids[min(at, len(ids) - 1)])
 
 
@@ -213,53 +217,80 @@ def candidates(scores: Float32, sampling: Sampling) -> tuple[Int64, Float64]:
     Raises:
         ContractError: no score is a number above -inf.
     """
-    best = float(scores[_most_likely(scores)])
-
-    def weights(ids: Int64) -> Float64:
-        return np.exp((scores[ids].astype(np.float64) - best) / sampling.temperature)
-
     if not sampling.top_k and sampling.top_p == 1 and sampling.min_p == 0:
+        best = scores[_most_likely(scores)]
         ids = np.flatnonzero(scores > -np.inf)
-        found = weights(ids)
+        found = _weights(scores[ids], best, sampling.temperature)
         return ids, found / found.sum()
-    total = math.inf if sampling.top_k else _sum_of_all(scores, best, sampling.temperature)
+    total = math.inf
+    if not sampling.top_k and sampling.top_p < 1:
+        total = _sum_of_all(scores, float(scores[_most_likely(scores)]), sampling.temperature)
     # Without top-k, as many as the other two can need, found by taking more until it is enough.
     count = sampling.top_k or _FIRST_GUESS
     while True:
         ids = largest(scores, min(count, len(scores)))
-        ids = ids[np.lexsort((ids, -scores[ids]))]
-        found = weights(ids)
-        reaches_top_p = sampling.top_p < 1 and found.sum() >= sampling.top_p * total
-        if sampling.top_k or reaches_top_p or found[-1] < sampling.min_p or count >= len(scores):
+        values = scores[ids]
+        order = np.lexsort((ids, -values))
+        ids, values = ids[order], values[order]
+        found = _weights(values, values[0], sampling.temperature)
+        if sampling.top_k or found[-1] < sampling.min_p or count >= len(scores):
+            break
+        if sampling.top_p < 1 and found.sum() >= sampling.top_p * total:
             break
         count *= 8
     if sampling.top_p < 1:
         # Top-p measures what top-k left, all of it where there is no top-k.
-        before = np.cumsum(found) - found
-        enough = sampling.top_p * (found.sum() if sampling.top_k else total)
-        kept = max(1, int(np.count_nonzero(before < enough)))
+        reached = found.cumsum()
+        kept = int(reached.searchsorted(sampling.top_p * (reached[-1] if sampling.top_k else total))) + 1
         ids, found = ids[:kept], found[:kept]
-    kept = max(1, int(np.count_nonzero(found >= sampling.min_p)))
-    return ids[:kept], found[:kept] / found[:kept].sum()
+    if sampling.min_p > 0:
+        kept = max(1, int(np.count_nonzero(found >= sampling.min_p)))
+        ids, found = ids[:kept], found[:kept]
+    return ids, found / found.sum()
+
+
+def _weights(values: Float32, best: np.float32, temperature: float) -> Float64:
+    """exp((value - best) / temperature), in float64."""
+    return np.exp((values.astype(np.float64) - np.float64(best)) / temperature)
 
 
 def largest(scores: Float32, count: int) -> Int64:
     """Ids of the ``count`` largest scores above -inf, in no order, and of all that equal the smallest of them.
 
-    The count-th largest of the blocks' maxima is no more than the count-th largest score, so whatever is below it can
-    be left out: one pass of cheap maxima, then a selection among a few hundred.
+    Token i lies in column i mod 4096; the columns' maxima are one pass of vector maxima over memory. The count-th
+    largest maximum of disjoint parts is no more than the count-th largest score, so columns whose maximum is below it
+    are left out, and so is whatever is below it in the others.
+
+    Raises:
+        ContractError: no score is a number above -inf.
     """
-    whole = len(scores) // _BLOCK
-    if whole > count:
-        maxima = scores[: whole * _BLOCK].reshape(whole, _BLOCK).max(axis=1)
-        least = np.partition(maxima, whole - count)[whole - count]
-        ids = np.flatnonzero(scores >= least)
-    else:
+    rows = len(scores) // _COLUMNS
+    if rows < 2 or count > _COLUMNS // 2:
+        _most_likely(scores)
         ids = np.arange(len(scores))
+    else:
+        ids = _at_least_as_large(scores, rows, count)
     found = scores[ids]
     if len(ids) > count:
-        ids = ids[found >= np.partition(found, len(ids) - count)[len(ids) - count]]
-    return ids[scores[ids] > -np.inf]
+        is_taken = found >= np.partition(found, len(ids) - count)[len(ids) - count]
+        ids, found = ids[is_taken], found[is_taken]
+    return ids[found > -np.inf]
+
+
+def _at_least_as_large(scores: Float32, rows: int, count: int) -> Int64:
+    """Ids of ``count`` scores or more, with all that equal the smallest of them and hardly any others."""
+    columns, rest = scores[: rows * _COLUMNS].reshape(rows, _COLUMNS), scores[rows * _COLUMNS :]
+    maxima = columns.max(axis=0)
+    np.maximum(maxima[: len(rest)], rest, out=maxima[: len(rest)])
+    # Fewer parts are quicker to select from, and enough: the 64th of 256 maxima leaves some 75 scores.
+    parts = maxima if count > _GROUPS // 2 else maxima.reshape(-1, _GROUPS).max(axis=0)
+    if not -np.inf < parts.max() < np.inf:  # a NaN is every maximum above it
+        _most_likely(scores)
+    least = np.partition(parts, len(parts) - count)[len(parts) - count]
+    (at,) = (maxima >= least).nonzero()
+    row, place = (columns.take(at, axis=1) >= least).nonzero()
+    ids = row * _COLUMNS + at[place]
+    return np.concatenate([ids, np.flatnonzero(rest >= least) + rows * _COLUMNS]) if len(rest) else ids
 
 
 def token_logprob(logits: Float32, token: int, count: int) -> TokenLogprob:
@@ -287,7 +318,10 @@ def _most_likely(scores: Float32) -> int:
 
 def _sum_of_all(scores: Float32, best: float, temperature: float) -> float:
     """Sum of exp((score - best) / temperature) over V, in float32 terms summed pairwise."""
-    return float(np.exp((scores - np.float32(best)) / np.float32(temperature)).sum(dtype=np.float64))
+    terms = scores - np.float32(best)
+    if temperature != 1:
+        terms /= np.float32(temperature)
+    return float(np.exp(terms, out=terms).sum(dtype=np.float64))
 
 
 def _check_number(

@@ -25,12 +25,14 @@ class EmbeddingTable:
         dtype = np.dtype(_STORED[self._format.kind])
         row_items = self._format.row_bytes(entry.columns) // dtype.itemsize
         path = artifact.path(entry.file)
-        self._rows = np.memmap(path, dtype, mode="r", offset=entry.offset, shape=(entry.rows, row_items))
+        # Plain views: indexing a memmap runs Python code of NumPy's, longer than a row's copy takes.
+        self._rows = np.asarray(np.memmap(path, dtype, mode="r", offset=entry.offset, shape=(entry.rows, row_items)))
         self._has_signed_codes = entry.has_signed_codes
         self._scales: Array | None = None
         if entry.scales is not None:
             shape = (entry.rows, entry.scales.per_row)
-            self._scales = np.memmap(path, entry.scales.dtype, mode="r", offset=entry.scales.offset, shape=shape)
+            offset = entry.scales.offset
+            self._scales = np.asarray(np.memmap(path, entry.scales.dtype, mode="r", offset=offset, shape=shape))
 
     def gather(self, ids: np.ndarray[Any, np.dtype[np.int64]]) -> Float32:
         """[T] ids -> [T, columns] float32, scaled."""
@@ -45,7 +47,7 @@ class EmbeddingTable:
             if self._has_signed_codes:  # flipping the sign bit adds 8 (or 128)
                 rows = rows ^ np.uint8(0x88 if is_int4 else 0x80)
             values = _dequantize(rows, self._scales[ids], is_int4=is_int4)
-        return np.asarray(values * self._scale, np.float32)
+        return values if self._scale == 1 else np.asarray(values * self._scale, np.float32)
 
 
 def _dequantize(codes: Array, scales: Array, *, is_int4: bool) -> Float32:
@@ -58,4 +60,5 @@ def _dequantize(codes: Array, scales: Array, *, is_int4: bool) -> Float32:
     else:
         values = codes.astype(np.float32) - np.float32(128)
     blocks = values.reshape(len(values), scales.shape[1], -1)
-    return np.asarray(blocks * scales.astype(np.float32)[:, :, None]).reshape(len(values), -1)
+    blocks *= scales.astype(np.float32)[:, :, None]
+    return values

@@ -223,6 +223,47 @@ def test_the_largest_are_found_whatever_the_size(size: int) -> None:
         assert np.array_equal(np.sort(largest(scores, count)), expected)
 
 
+def check_against_a_sort(scores: np.ndarray[Any, np.dtype[np.float32]], count: int) -> None:
+    least = np.sort(scores)[len(scores) - count]
+    expected = np.flatnonzero((scores >= least) & (scores > -np.inf))
+    assert np.array_equal(np.sort(largest(scores, count)), expected)
+
+
+ODD_SIZES = [8191, 8192, 8193, 12_287, 40_001, 262_144]
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+@pytest.mark.parametrize("count", [1, 64, 128, 129, 2048, 2049])
+def test_the_largest_equal_a_plain_sort_with_ties_and_nothing(size: int, count: int) -> None:
+    scores = logits(size + count, size)
+    check_against_a_sort(scores, count)
+    scores[-count:] += 20  # all of them in the last row, or beyond it
+    check_against_a_sort(scores, count)
+    check_against_a_sort(np.round(scores), count)  # ties everywhere
+    scores[np.random.default_rng(0).permutation(size)[: size - 40]] = -np.inf  # fewer left than asked for
+    check_against_a_sort(scores, count)
+
+
+def without_the_tail(scores: Any, rows: int, count: int) -> Any:
+    """A mutant: what lies beyond the last whole row is not looked at."""
+    return sampling_at_least(scores[: rows * 4096], rows, count)
+
+
+def one_part_too_few(scores: Any, rows: int, count: int) -> Any:
+    """A mutant: the bound is the maximum before the count-th."""
+    return sampling_at_least(scores, rows, max(1, count - 30))
+
+
+sampling_at_least = sampling._at_least_as_large
+
+
+@pytest.mark.parametrize("mutant", [without_the_tail, one_part_too_few])
+def test_the_sort_kills_mutants(mutant: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_at_least_as_large", mutant)
+    with pytest.raises(AssertionError):
+        test_the_largest_equal_a_plain_sort_with_ties_and_nothing(40_001, 64)
+
+
 def test_ties_at_the_edge_are_all_taken() -> None:
     scores = np.zeros(70_000, np.float32)
     scores[[3, 60_000]] = 1
@@ -234,11 +275,14 @@ def test_ties_at_the_edge_are_all_taken() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
 def test_logits_without_a_largest_are_refused(value: float) -> None:
-    scores = np.full(600, -np.inf, np.float32)
-    scores[7] = value
-    for options in (Sampling(), Sampling(temperature=0)):
-        with pytest.raises(ContractError, match=r"^logits: the largest of 600 is (nan|inf|-inf), so there is no next"):
-            Sampler(options, prompt_ids=[], vocab_size=600).pick(scores)
+    for size, at in ((600, 7), (9000, 7), (9000, 8999)):
+        scores = np.full(size, -np.inf, np.float32)
+        scores[at] = value
+        if not value < np.inf:
+            scores[100:500] = 1  # enough others to choose among
+        for options in (Sampling(), OFF, OFF.replace(top_p=0.5), Sampling(temperature=0)):
+            with pytest.raises(ContractError, match=rf"^logits: the largest of {size} is {value}, so there is no next"):
+                Sampler(options, prompt_ids=[], vocab_size=size).pick(scores)
 
 
 def test_logprobs_are_the_models_own() -> None:
