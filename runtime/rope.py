@@ -33,7 +33,7 @@ class RopeTable:
     def cos_sin(self, start: int, count: int) -> Float32:
         """[1, count, 2, num_frequencies] for positions ``start`` … ``start + count - 1``.
 
-        A single position comes from a run of them computed at once, which costs a decode step a tenth of its own.
+        A single position comes from a run of them that is computed at once when the first is asked for.
         """
         if count > 1:
             return self._computed(start, count)
