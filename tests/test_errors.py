@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import FORMAT
 from gemma4_export.configs.target import check_buildable, load_target, target_names
 from gemma4_export.exporter import commands as exporter_commands
+from gemma4_export.exporter.commands.progress import BuildProgress
 from gemma4_export.runtime import commands as runtime_commands
 
 MAINS = {"gemma4-export": exporter_commands.main, "gemma4-run": runtime_commands.main}
@@ -519,6 +521,27 @@ def test_interrupted_command_leaves_what_the_next_build_goes_on_from(workplace: 
     assert (code, out) == (130, "")
     assert "Traceback" not in err
     assert sorted(path.name for path in workplace.iterdir()) == ["artifact", "checkpoint", "out.partial"]
+
+
+def test_a_ctrl_c_that_python_drops_ends_the_build_at_its_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tensor:
+        pass
+
+    def callback(_: object) -> None:  # an exception in a weakref's callback is reported and dropped
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with BuildProgress() as progress:
+        tensor = Tensor()
+        watch = weakref.ref(tensor, callback)
+        del tensor
+        assert watch() is None  # and the exception is gone
+        with pytest.raises(KeyboardInterrupt):
+            progress("trace", "the next step", 0, 1)
+        progress._is_interrupted = False  # it was heard
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_killed_command_leaves_what_never_loads_and_the_next_build_replaces(workplace: Path, run: Run) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -29,8 +31,16 @@ class BuildProgress:
         self._started: dict[Stage, float] = {}
         self._tasks: dict[Stage, TaskID] = {}
         self._finished: set[Stage] = set()
+        self._is_interrupted = False
+        self._is_watching = False
 
     def __enter__(self) -> BuildProgress:
+        # Ctrl-C that lands in a weakref's callback or a destructor is printed and dropped by Python; torch's tracing
+        # runs many of those. The flag ends the build at its next step.
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+            self._is_watching = True
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
             self._bars = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
@@ -42,6 +52,14 @@ class BuildProgress:
     ) -> None:
         if self._bars is not None:
             self._bars.stop()
+        if self._is_watching:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._is_interrupted and kind is None:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._is_interrupted = True
+        signal.default_int_handler(number, frame)
 
     def say(self, text: str) -> None:
         """One line that stays, nothing for an empty ``text``."""
@@ -49,7 +67,13 @@ class BuildProgress:
             self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def __call__(self, stage: Stage, what: str, done: int, total: int) -> None:
-        """Show ``done`` of ``total``; a stage that is done twice is reported once."""
+        """Show ``done`` of ``total``; a stage that is done twice is reported once.
+
+        Raises:
+            KeyboardInterrupt: a Ctrl-C came since the last call and was lost on its way.
+        """
+        if self._is_interrupted:
+            raise KeyboardInterrupt
         seconds = time.monotonic() - self._started.setdefault(stage, time.monotonic())
         speed = f"{done / 1e6 / max(seconds, 1e-3):.0f} MB/s"
         if self._bars is not None:
