@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -523,21 +523,10 @@ def test_interrupted_command_leaves_what_the_next_build_goes_on_from(workplace: 
     assert sorted(path.name for path in workplace.iterdir()) == ["artifact", "checkpoint", "out.partial"]
 
 
-def test_a_ctrl_c_that_python_drops_ends_the_build_at_its_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tensor:
-        pass
-
-    def callback(_: object) -> None:  # an exception in a weakref's callback is reported and dropped
-        signal.raise_signal(signal.SIGINT)
-        for _ in range(1000):
-            pass
-
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+def test_a_ctrl_c_that_is_dropped_on_its_way_ends_the_build_at_its_next_step() -> None:
     with BuildProgress() as progress:
-        tensor = Tensor()
-        watch = weakref.ref(tensor, callback)
-        del tensor
-        assert watch() is None  # and the exception is gone
+        with contextlib.suppress(KeyboardInterrupt):  # what Python does around the callback of a weakref
+            signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             progress("trace", "the next step", 0, 1)
         progress._is_interrupted = False  # it was heard
