@@ -747,6 +747,20 @@ def test_metadata_of_no_known_type_is_refused(kind: int, cause: str, tmp_path: P
         read_gguf_header(tmp_path / "model.gguf")
 
 
+def test_row_that_is_no_whole_number_of_blocks_is_refused(tmp_path: Path) -> None:
+    tensor = struct.pack("<Q", 1) + b"a" + struct.pack("<IQIQ", 1, 33, 2, 0)  # 33 columns of Q4_0
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + tensor + bytes(256))
+    with pytest.raises(CheckpointError, match=r"^model.gguf: .*a: 33 columns are no multiple of Q4_0's 32"):
+        read_gguf_header(tmp_path / "model.gguf")
+
+
+def test_tensor_of_too_many_dimensions_is_refused(tmp_path: Path) -> None:
+    tensor = struct.pack("<Q", 1) + b"a" + struct.pack("<I", 4_000_000)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + tensor + bytes(256))
+    with pytest.raises(CheckpointError, match=r"^model.gguf: .*a: 4000000 dimensions"):
+        read_gguf_header(tmp_path / "model.gguf")
+
+
 def test_name_in_a_damaged_file_cannot_steer_a_terminal(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(header(names=["\x1b[2J\nok", "\x1b[2J\nok"]))
     with pytest.raises(CheckpointError) as caught:
