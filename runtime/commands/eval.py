@@ -14,6 +14,8 @@ import typer
 from gemma4_export.configs.command_line import check_output
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.runtime.bars import bars
+from gemma4_export.runtime.commands.options import ArtifactFolder, MaxNewTokens, Threads
+from gemma4_export.runtime.commands.screen import show
 from gemma4_export.runtime.eval import Score, evaluate
 from gemma4_export.runtime.gemma4 import DEFAULT_MAX_NEW_TOKENS, Gemma4
 from gemma4_export.runtime.questions import read_questions
@@ -24,28 +26,25 @@ class Thinking(StrEnum):
 
 
 def evaluate_command(
-    artifact: Annotated[Path, typer.Argument(help="Folder that gemma4-export build wrote.")],
+    artifact: ArtifactFolder,
     questions: Annotated[list[Path], typer.Argument(help="Question sets: JSONL, a question with its answer a line.")],
     thinking: Annotated[
         Thinking, typer.Option(help="As the questions ask, on or off for all, or both: each question twice.")
     ] = Thinking.ASKED,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each task.", min=1)] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Longest answer in tokens, its thought included.", min=1)
-    ] = DEFAULT_MAX_NEW_TOKENS,
-    threads: Annotated[int | None, typer.Option(help="Threads that compute. Default: one a core.")] = None,
+    max_new_tokens: MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
+    threads: Threads = None,
     image: Annotated[Path | None, typer.Option(help="Draw the accuracies into this .svg file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, wrong replies included.")] = False,
 ) -> None:
     """Ask every question, greedily, and report the share of right answers with its 95 % confidence interval."""
 
     def say(line: str) -> None:
-        if sys.stderr is not None:  # closed by the caller: print would fall back to stdout
-            print(line, file=sys.stderr, flush=True)
+        show(sys.stderr, f"{line}\n")
 
-    if image is not None and image.suffix != ".svg":
-        raise ConfigError(f"--image {image}: only SVG is drawn", hint=f"--image {image.with_suffix('.svg')}")
     if image is not None:
+        if image.suffix != ".svg":
+            raise ConfigError(f"--image {image}: only SVG is drawn", hint=f"--image {image.with_suffix('.svg')}")
         check_output("--image", image, ".svg")
     asked = [question for path in questions for question in read_questions(path)]
     with Gemma4.load(artifact, num_threads=threads) as model:

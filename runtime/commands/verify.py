@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 import typer
 
 from gemma4_export.configs.command_line import CHECK_FAILED, check_output
+from gemma4_export.runtime.commands.options import ArtifactFolder
+from gemma4_export.runtime.commands.screen import show
 
 
 def verify(
-    artifact: Annotated[Path, typer.Argument(help="Folder that gemma4-export build wrote.")],
+    artifact: ArtifactFolder,
     backend: Annotated[str | None, typer.Option(help="What runs it.  [default: what it was packed for]")] = None,
     activations: Annotated[
         Literal["fp32", "int8"], typer.Option(help="int8: report the drift of rounded activations beside.")
@@ -28,8 +30,7 @@ def verify(
     from gemma4_export.runtime.verify_table import html_page, text_lines
 
     def say(line: str) -> None:
-        if sys.stderr is not None:  # closed by the caller: print would fall back to stdout
-            print(line, file=sys.stderr)
+        show(sys.stderr, f"{line}\n")
 
     if html is not None:
         check_output("--html", html, ".html")
