@@ -101,7 +101,8 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
         kv_item_bytes=kv_item,
     )
     bandwidth = target.bandwidth_bytes_per_s
-    hub_id, download = _download(model, options)
+    download = None if options.has_dummy_weights else model.checkpoint_for(options.recipe)
+    download_bytes = 0 if download is None else download.num_bytes
     return Plan(
         model=options.model_name,
         target=target.name,
@@ -109,9 +110,9 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
         context=options.context,
         role_bytes={role: size.bytes for role, size in roles.items()},
         artifact_bytes=artifact,
-        download_from=hub_id,
-        download_bytes=download,
-        build_disk_bytes=artifact + download,
+        download_from=None if download is None else download.hub_id,
+        download_bytes=download_bytes,
+        build_disk_bytes=artifact + download_bytes,
         weights_in_memory_bytes=weights,
         kv_bytes=kv,
         scratch_bytes=scratch,
@@ -146,15 +147,6 @@ def check_fits(plan: Plan, model: ReleasedModel, options: BuildOptions) -> None:
         context = min(best.longest_context, plan.context)
         raise ConfigError(cause, hint=f"--recipe {best.recipe} --context {context} fits")
     raise ConfigError(cause, hint="no recipe of this model fits; try a smaller model or a target with more memory")
-
-
-def _download(model: ReleasedModel, options: BuildOptions) -> tuple[str | None, int]:
-    """Where ``build --model`` takes the weights from, and their bytes."""
-    if options.has_dummy_weights:
-        return None, 0
-    if options.recipe.prefers_qat and model.qat is not None:
-        return model.qat.hub_id, model.qat.file_bytes
-    return model.hub_id, model.checkpoint_bytes
 
 
 def _scratch_bytes(config: ModelConfig, chunk: int) -> int:

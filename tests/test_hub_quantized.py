@@ -15,12 +15,11 @@ from hub_server import HubServer, only_hub
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import CheckpointError, ConfigError
 from gemma4_export.configs.model import ModelConfig
-from gemma4_export.configs.models import load_model, model_names, plain_id_of
+from gemma4_export.configs.models import load_model, model_names, other_checkpoint, plain_id_of
 from gemma4_export.configs.names import decoder_tensors
 from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.exporter import hub
 from gemma4_export.exporter.commands.build import build as build_command
-from gemma4_export.exporter.commands.build import hub_checkpoint
 from gemma4_export.exporter.gguf_file import is_auxiliary
 from gemma4_export.exporter.oracle import oracle_bytes
 from gemma4_export.exporter.weights import place_weights
@@ -58,24 +57,26 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @pytest.mark.parametrize("name", model_names())
 def test_int4_takes_the_quantisation_aware_checkpoint_where_one_was_released(name: str) -> None:
     model = load_model(name)
-    found = hub_checkpoint(model, load_recipe("int4"))
+    found = model.checkpoint_for(load_recipe("int4"))
     if name.endswith("-base"):
-        assert found[:2] == (model.hub_id, None)
+        assert (found.hub_id, found.plain_id) == (model.hub_id, None)
         assert (
             found.note == f"int4: no quantisation-aware checkpoint of {model.hub_id} is known; its weights are rounded"
         )
     else:
-        assert found[:2] == (f"{model.hub_id}-qat-q4_0-gguf", model.hub_id)
+        assert (found.hub_id, found.plain_id) == (f"{model.hub_id}-qat-q4_0-gguf", model.hub_id)
         assert f"--recipe int4-rtn rounds {model.hub_id} instead" in found.note
     for recipe in ("int4-rtn", "int4-quality", "int8", "bf16"):
-        assert hub_checkpoint(model, load_recipe(recipe)) == (model.hub_id, None, "")
+        plain = model.checkpoint_for(load_recipe(recipe))
+        assert (plain.hub_id, plain.plain_id, plain.note) == (model.hub_id, None, "")
+        assert plain.num_bytes == model.checkpoint_bytes
 
 
 def test_of_a_fine_tune_int4_says_that_it_rounds() -> None:
-    found = hub_checkpoint("someone/gemma-4-E2B-it-pirate", load_recipe("int4"))
-    assert found[:2] == ("someone/gemma-4-E2B-it-pirate", "google/gemma-4-E2B-it")
+    found = other_checkpoint("someone/gemma-4-E2B-it-pirate", load_recipe("int4"))
+    assert (found.hub_id, found.plain_id) == ("someone/gemma-4-E2B-it-pirate", "google/gemma-4-E2B-it")
     assert "what is not 4-bit yet is rounded" in found.note
-    assert hub_checkpoint("someone/gemma-4-E2B-it-pirate", load_recipe("int4-rtn")).note == ""
+    assert other_checkpoint("someone/gemma-4-E2B-it-pirate", load_recipe("int4-rtn")).note == ""
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_room_for_download_and_artifact_together_is_asked_for_before_the_weights
     usage = shutil.disk_usage(tmp_path)
     free = artifact + _SPARE_BYTES + download - lacking
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
-    monkeypatch.setattr("gemma4_export.exporter.build.build_artifact", None)
+    monkeypatch.setattr("gemma4_export.exporter.requested.build_artifact", None)
     with pytest.raises(
         ConfigError if lacking else TypeError, match="the artifact needs" if lacking else "not callable"
     ):

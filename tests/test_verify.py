@@ -566,7 +566,9 @@ def test_a_build_verifies_what_it_built(tmp_path, capsys, monkeypatch):
     build = ("build", "--checkpoint", tiny.checkpoint("12b"), "--target", "cpu", "--recipe", "int4", "--out")
     code, out, _ = exporter_run(capsys, monkeypatch, *build, tmp_path / "a", "--verify", "full")
     assert code == 0
-    assert re.fullmatch(r"verify full: passed: 32 drifts inside their bounds, \d+ files .*", out.splitlines()[-1])
+    verdict, hint = out.splitlines()[-2:]
+    assert re.fullmatch(r"verify full: passed: 32 drifts inside their bounds, \d+ files .*", verdict)
+    assert hint == f'next: gemma4-run generate {tmp_path / "a"} --prompt "Hello"'
     _, out, _ = exporter_run(capsys, monkeypatch, "inspect", tmp_path / "a")
     assert re.search(r"^verified ort-cpu-\S+\.json: passed: 32 drifts", out, re.MULTILINE)
     code, out, _ = exporter_run(capsys, monkeypatch, *build, tmp_path / "b", "--verify", "off")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gemma4_export.configs.errors import ConfigError, nearest
 from gemma4_export.configs.model import ModelConfig
+from gemma4_export.configs.recipe import Recipe
 from gemma4_export.configs.toml import check_keys, load_named, names_in
 
 _FOLDER = Path(__file__).parent
@@ -22,6 +23,19 @@ class QatCheckpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HubCheckpoint:
+    """What a build downloads for one recipe."""
+
+    hub_id: str
+    plain_id: str | None
+    """The plain checkpoint's, for a GGUF without config and tokenizer."""
+    num_bytes: int
+    """Of its weights; 0: only the hub knows."""
+    note: str
+    """What to tell about the choice; may be empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReleasedModel:
     """One released checkpoint: ``26b-a4b`` is the instruction-tuned one, ``26b-a4b-base`` the base one."""
 
@@ -33,6 +47,24 @@ class ReleasedModel:
     config: ModelConfig
     qat: QatCheckpoint | None
     """None: none was released, as of every base model."""
+
+    def checkpoint_for(self, recipe: Recipe) -> HubCheckpoint:
+        """The quantisation-aware checkpoint where ``recipe`` prefers one and there is one, else the plain one."""
+        if recipe.prefers_qat and self.qat is not None:
+            return HubCheckpoint(
+                hub_id=self.qat.hub_id,
+                plain_id=self.hub_id,
+                num_bytes=self.qat.file_bytes,
+                note=f"{recipe.name}: taking the quantisation-aware checkpoint {self.qat.hub_id} "
+                f"(--recipe int4-rtn rounds {self.hub_id} instead)",
+            )
+        note = f"{recipe.name}: no quantisation-aware checkpoint of {self.hub_id} is known; its weights are rounded"
+        return HubCheckpoint(
+            hub_id=self.hub_id,
+            plain_id=None,
+            num_bytes=self.checkpoint_bytes,
+            note=note if recipe.prefers_qat else "",
+        )
 
 
 def model_names() -> list[str]:
@@ -56,6 +88,14 @@ def load_model(name: str) -> ReleasedModel:
 def released_ids() -> list[str]:
     """Every hub id of a released checkpoint, in lower case."""
     return [model.hub_id.lower() for model in _released()]
+
+
+def other_checkpoint(hub_id: str, recipe: Recipe) -> HubCheckpoint:
+    """A repository beside the released ones (a fine-tune, a quantised one) for ``recipe``."""
+    note = f"{recipe.name}: no quantisation-aware checkpoint of {hub_id} is known; what is not 4-bit yet is rounded"
+    return HubCheckpoint(
+        hub_id=hub_id, plain_id=plain_id_of(hub_id), num_bytes=0, note=note if recipe.prefers_qat else ""
+    )
 
 
 def plain_id_of(hub_id: str) -> str | None:

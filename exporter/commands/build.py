@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import typer
 
 from gemma4_export.configs.command_line import CHECK_FAILED
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import Manifest
-from gemma4_export.configs.model import ModelConfig
-from gemma4_export.configs.models import ReleasedModel, load_model, name_of, plain_id_of, released_ids
-from gemma4_export.configs.names import NOT_PACKED_PREFIXES, decoder_tensors
-from gemma4_export.configs.recipe import Recipe, load_recipe, recipe_names
+from gemma4_export.configs.models import ReleasedModel, load_model, released_ids
+from gemma4_export.configs.names import NOT_PACKED_PREFIXES
+from gemma4_export.configs.recipe import load_recipe, recipe_names
 from gemma4_export.configs.target import Target, check_buildable, load_target
-
-if TYPE_CHECKING:
-    from gemma4_export.exporter.write import WeightSource
 
 Weights = Literal["model", "dummy"]
 Activations = Literal["int8", "fp32"]
@@ -62,101 +54,43 @@ def build(
     chosen_target, chosen_recipe = load_target(target), load_recipe(recipe)
     check_buildable(chosen_target)
     _check_engines(chosen_target, engines)
-    if (checkpoint is None) == (model is None):
-        raise ConfigError("give one of --checkpoint and --model", hint="--checkpoint DIR, or --model e2b to download")
-    if weights == "dummy" and model is None:
-        raise ConfigError("--weights dummy needs --model, the size to draw", hint="--model e2b --weights dummy")
-    released = None if model is None or _is_foreign(model) else load_model(model)
-    from gemma4_export.exporter.build import build_artifact, resolve_options
+    origin = _origin(checkpoint, model, weights)
     from gemma4_export.exporter.commands.progress import BuildProgress
-    from gemma4_export.exporter.oracle import oracle_bytes
-    from gemma4_export.exporter.package import partial_of
-    from gemma4_export.exporter.weights import place_weights
-    from gemma4_export.exporter.write import check_room
+    from gemma4_export.exporter.requested import BuildRequest, build_requested
 
-    choose = functools.partial(
-        resolve_options,
+    request = BuildRequest(
+        origin=origin,
         target=chosen_target,
         recipe=chosen_recipe,
         activations=activations,
         has_dummy_weights=weights == "dummy",
+        out=out,
         context=context,
         chunk=chunk,
         experts=experts,
     )
-
-    def artifact_of(name: str) -> Path:
-        return out or Path(f"gemma4-{name}-{target}")
-
     started = time.monotonic()
-    with BuildProgress() as progress, contextlib.ExitStack() as stack:
-        source: WeightSource
-        if weights == "dummy":
-            from gemma4_export.exporter.dummy import DummySource
-
-            if released is None:
-                raise ConfigError(f"--weights dummy knows released sizes only, not {model}", hint="--model e2b")
-            source, name = DummySource(released.config), f"{released.name}-dummy"
-        else:
-            from gemma4_export.exporter.source import open_source
-
-            if checkpoint is None:
-                from gemma4_export.exporter.hub import download
-
-                origin = hub_checkpoint(released or str(model), chosen_recipe)
-                progress.say(origin.note)
-                name = released.name if released else name_of(origin.hub_id)
-
-                def check_before_weights(config: ModelConfig, cache: Path, download_bytes: int) -> None:
-                    packing = choose(config, model_name=name).packing
-                    check_room(
-                        place_weights(decoder_tensors(config).values(), chosen_recipe, packing=packing),
-                        partial_of(artifact_of(name)),
-                        oracle_bytes=oracle_bytes(config),
-                        cache=cache,
-                        download_bytes=download_bytes,
-                    )
-
-                downloaded = download(
-                    origin.hub_id,
-                    plain_id=origin.plain_id,
-                    on_config=check_before_weights,
-                    on_progress=functools.partial(progress, "download"),
-                )
-                source = stack.enter_context(open_source(downloaded.folder, downloaded.companions))
-            else:
-                name = name_of(checkpoint.resolve().name)
-                source = stack.enter_context(open_source(checkpoint))
-        artifact = artifact_of(name)
-        manifest = build_artifact(source, choose(source.config, model_name=name), artifact, progress)
-    _report(manifest, artifact, time.monotonic() - started)
-    if verify != "off" and manifest.engines is None and not _verify(artifact, verify):
+    with BuildProgress() as progress:
+        manifest = build_requested(request, progress, progress.say)
+    _report(manifest, request.folder, time.monotonic() - started)
+    if verify != "off" and manifest.engines is None and not _verify(request.folder, verify):
         raise typer.Exit(CHECK_FAILED)
+    if manifest.engines is None:
+        raw = "" if manifest.model.is_chat else "--raw "
+        print(f'next: gemma4-run generate {shlex.quote(str(request.folder))} {raw}--prompt "Hello"')
 
 
-class HubCheckpoint(NamedTuple):
-    """What is downloaded: its id, the plain checkpoint's (for a GGUF without config and tokenizer), what to tell."""
-
-    hub_id: str
-    plain_id: str | None
-    note: str
-
-
-def hub_checkpoint(model: ReleasedModel | str, recipe: Recipe) -> HubCheckpoint:
-    """The checkpoint that ``recipe`` wants of a released model, or of a hub id beside those."""
-    if isinstance(model, str):
-        note = f"{recipe.name}: no quantisation-aware checkpoint of {model} is known; what is not 4-bit yet is rounded"
-        return HubCheckpoint(model, plain_id_of(model), note if recipe.prefers_qat else "")
-    if not recipe.prefers_qat:
-        return HubCheckpoint(model.hub_id, None, "")
-    if model.qat is None:
-        note = f"{recipe.name}: no quantisation-aware checkpoint of {model.hub_id} is known; its weights are rounded"
-        return HubCheckpoint(model.hub_id, None, note)
-    note = (
-        f"{recipe.name}: taking the quantisation-aware checkpoint {model.qat.hub_id} "
-        f"(--recipe int4-rtn rounds {model.hub_id} instead)"
-    )
-    return HubCheckpoint(model.qat.hub_id, model.hub_id, note)
+def _origin(checkpoint: Path | None, model: str | None, weights: Weights) -> Path | ReleasedModel | str:
+    """Where the weights come from; a hub id stays one when it is none of the released."""
+    if (checkpoint is None) == (model is None):
+        raise ConfigError("give one of --checkpoint and --model", hint="--checkpoint DIR, or --model e2b to download")
+    if checkpoint is not None:
+        if weights == "dummy":
+            raise ConfigError("--weights dummy needs --model, the size to draw", hint="--model e2b --weights dummy")
+        return checkpoint
+    assert model is not None
+    is_other = "/" in model and model.lower() not in released_ids()
+    return model if is_other else load_model(model)
 
 
 def _check_engines(target: Target, engines: Engines | None) -> None:
@@ -171,22 +105,17 @@ def _check_engines(target: Target, engines: Engines | None) -> None:
         )
 
 
-def _is_foreign(model: str) -> bool:
-    """A hub id beside the released ones: a fine-tune or a quantised one, named as the hub names it."""
-    return "/" in model and model.lower() not in released_ids()
+def _verify(folder: Path, level: Literal["layers", "full"]) -> bool:
+    """Print the verdict of ``gemma4-run verify``, and say whether it passed."""
+    from gemma4_export.exporter.child import verify_in_child
 
-
-def _verify(folder: Path, level: Verify) -> bool:
-    """Run ``gemma4-run verify`` in a process of its own, print its verdict, and say whether it passed."""
-    command = [sys.executable, "-m", "gemma4_export.runtime", "verify", str(folder), "--level", level, "--json"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not ended.stdout:  # it could not begin: its own words, without its progress
-        at = ended.stderr.rfind("error: ")
-        sys.stderr.write(ended.stderr[max(at, 0) :])
+    verdict = verify_in_child(folder, level)
+    sys.stderr.write(verdict.error)
+    if verdict.text is None:
         print(f"built, not verified: gemma4-run verify {shlex.quote(str(folder))}")
-        return False
-    print(f"verify {level}: {json.loads(ended.stdout)['verdict']}")
-    return ended.returncode == 0
+    else:
+        print(f"verify {level}: {verdict.text}")
+    return verdict.passed
 
 
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
@@ -217,6 +146,3 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
             f"{manifest.engines.compute_capability}, up to {largest / 1e9:.2f} GB of weights each; "
             "nothing is verified"
         )
-        return
-    command = "" if manifest.model.is_chat else "--raw "
-    print(f'next: gemma4-run generate {shlex.quote(str(folder))} {command}--prompt "Hello"')
