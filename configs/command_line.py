@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,3 +49,21 @@ def run(command: Callable[[], object]) -> None:
     except UnicodeEncodeError as error:
         sys.stderr.write(f"error: the terminal's encoding {error.encoding} lacks a character\nhint: PYTHONUTF8=1\n")
         sys.exit(CHECK_FAILED)
+
+
+# Of these the versions decide what an artifact becomes or how it runs.
+_VERSIONS = (
+    *("gemma4-export", "numpy", "tokenizers", "jinja2", "safetensors", "onnxruntime", "onnxruntime-gpu"),
+    *("onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-cu13", "torch", "onnx", "onnx-ir", "onnxscript"),
+)
+
+
+def installed_versions() -> dict[str, str]:
+    """Distribution -> version of those that are installed and matter, read without importing any."""
+    from importlib.metadata import PackageNotFoundError, version  # 20 ms that other commands need not wait for
+
+    found = {}
+    for name in _VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

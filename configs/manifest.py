@@ -16,11 +16,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import types
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from gemma4_export import __version__
 from gemma4_export.configs.errors import ArtifactError, ConfigError
 from gemma4_export.configs.formats import WeightFormat
 
@@ -252,11 +254,16 @@ class Manifest:
         if found != FORMAT:
             newer = isinstance(found, int) and found > FORMAT
             raise ArtifactError(
-                f"{MANIFEST_NAME}: format {found!r}, this version reads format {FORMAT}",
-                hint="pip install --upgrade gemma4-export" if newer else _REBUILD,
+                f"{MANIFEST_NAME}: format {found!r}, this version reads format {FORMAT}{_made_by_newer(values)}",
+                hint=_UPGRADE if newer else _REBUILD,
             )
         seal = values.pop(_SEAL, None)
-        manifest: Manifest = _parse(cls, values, MANIFEST_NAME)
+        try:
+            manifest: Manifest = _parse(cls, values, MANIFEST_NAME)
+        except ArtifactError as error:
+            if newer_version := _made_by_newer(values):
+                raise ArtifactError(f"{error.cause}{newer_version}", hint=_UPGRADE) from error
+            raise
         paths = [*manifest.files, *(graph.file for graph in manifest.graphs.values()), manifest.embed_tokens.file]
         paths += [manifest.verify.oracle, *(graph.file for graph in manifest.verify.graphs.values())]
         if manifest.embed_tokens_per_layer:
@@ -288,6 +295,20 @@ def _dump(values: dict[str, Any]) -> str:
 
 _SEAL = "sha256"
 _REBUILD = "the folder is damaged; build it again with gemma4-export build"
+_UPGRADE = "pip install --upgrade gemma4-export"
+
+
+def _made_by_newer(values: Any) -> str:
+    """Words for a version after this one that wrote ``values``, which may be any JSON; empty where none did."""
+    versions = values.get("versions") if isinstance(values, dict) else None
+    made_by = versions.get("gemma4-export") if isinstance(versions, dict) else None
+    if not isinstance(made_by, str) or _numbers(made_by) <= _numbers(__version__):
+        return ""
+    return f"; made by gemma4-export {made_by}, this is {__version__}"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d{1,9}", version)[:3]]
 
 
 def check_inside(path: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from gemma4_export.configs.errors import ArtifactError, ConfigError
 from gemma4_export.configs.manifest import Manifest
@@ -19,7 +21,7 @@ def check_memory(manifest: Manifest, max_memory_bytes: int | None) -> None:
         ConfigError: ``max_memory_bytes`` is no positive integer.
         ArtifactError: it does not fit.
     """
-    weights = sum(cpu_memory_bytes(manifest.census, activations=manifest.activations).values())
+    weights = weights_bytes(manifest)
     if max_memory_bytes is None:
         left = available_bytes()
         if left is not None and weights > left:
@@ -42,29 +44,73 @@ def check_memory(manifest: Manifest, max_memory_bytes: int | None) -> None:
         )
 
 
+def weights_bytes(manifest: Manifest) -> int:
+    """Memory that the weights of a CPU artifact take once they are loaded."""
+    return sum(cpu_memory_bytes(manifest.census, activations=manifest.activations).values())
+
+
 def available_bytes(root: Path = Path("/")) -> int | None:
     """Memory that can still be had without swapping, the container's limit included; None where nothing says so."""
-    left = [amount for amount in (_system_left(root), _container_left(root)) if amount is not None]
+    container = container_memory(root)
+    left = [amount for amount in (_meminfo(root, "MemAvailable"), container and container.left) if amount is not None]
     return min(left, default=None)
 
 
-def _system_left(root: Path) -> int | None:
+def total_bytes(root: Path = Path("/")) -> int | None:
+    """Memory of the machine; None where nothing says so."""
+    return _meminfo(root, "MemTotal")
+
+
+class Container(NamedTuple):
+    """What a control group allows, and how much of that is left, in bytes."""
+
+    limit: int
+    left: int
+
+
+def container_memory(root: Path = Path("/")) -> Container | None:
+    """The tightest limit on this process; None without one."""
+    groups = [group for group in map(_limit, _groups(root)) if group is not None]
+    return min(groups, key=lambda group: group.left, default=None)
+
+
+def _meminfo(root: Path, name: str) -> int | None:
     path = root / "proc/meminfo"
     lines = path.read_text(encoding="ascii").splitlines() if path.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
-def _container_left(root: Path) -> int | None:
-    """What cgroup v2 still allows; page cache can be dropped and does not count as used."""
-    group = root / "sys/fs/cgroup"
-    files = [group / name for name in ("memory.max", "memory.current", "memory.stat")]
-    if not all(path.is_file() for path in files):
-        return None
-    limit, current, stat = (path.read_text(encoding="ascii").strip() for path in files)
-    if limit == "max":
-        return None
-    counts = dict(line.split() for line in stat.splitlines())
-    return max(0, int(limit) - int(current) + int(counts.get("file", 0)))
+def _groups(root: Path) -> Iterator[Path]:
+    """This process's own control group and those around it; a limit on any of them holds."""
+    path = root / "proc/self/cgroup"
+    own = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in own:
+        _, controllers, name = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2, or version 1 with a hierarchy of memory alone
+            group = root / "sys/fs/cgroup" / controllers / name.lstrip("/")
+            yield from (group, *(parent for parent in group.parents if (root / "sys/fs/cgroup") in parent.parents))
+    # A container sees its own group as the root, whatever the file above calls it.
+    yield from (root / "sys/fs/cgroup", root / "sys/fs/cgroup/memory")
+
+
+_NO_LIMIT = 1 << 62
+"""Version 1 writes about 2 ** 63 where there is none."""
+
+
+def _limit(group: Path) -> Container | None:
+    """What one group still allows; page cache can be dropped and does not count as used."""
+    version_2 = ("memory.max", "memory.current")
+    version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for names in (version_2, version_1):
+        files = [group / name for name in (*names, "memory.stat")]
+        if all(path.is_file() for path in files):
+            limit, current, stat = (path.read_text(encoding="ascii").strip() for path in files)
+            if limit == "max" or int(limit) >= _NO_LIMIT:
+                return None
+            counts = dict(line.split() for line in stat.splitlines())
+            cached = int(counts.get("file", counts.get("total_cache", 0)))
+            return Container(int(limit), max(0, int(limit) - int(current) + cached))
+    return None
 
 
 def _gb(count: int) -> str:

@@ -10,6 +10,7 @@ from gemma4_export import __version__
 from gemma4_export.configs.command_line import run
 from gemma4_export.runtime.commands.bench import bench
 from gemma4_export.runtime.commands.chat import chat
+from gemma4_export.runtime.commands.doctor import doctor
 from gemma4_export.runtime.commands.eval import evaluate_command
 from gemma4_export.runtime.commands.generate import generate
 from gemma4_export.runtime.commands.verify import verify
@@ -25,6 +26,7 @@ app.command()(generate)
 app.command()(bench)
 app.command("eval")(evaluate_command)
 app.command()(verify)
+app.command()(doctor)
 
 
 @app.callback(invoke_without_command=True)
