@@ -17,7 +17,7 @@ LIBRARY = Path(__file__).parent / "lib" / "libgemma4_plugins.so"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_120", "compute_120")
 """Machine code for these, and code that newer GPUs translate; sm_80 runs on 8.6 and 8.7 as well."""
 _MOE = Path(__file__).parent / "moe"
-_SOURCES = (_MOE / "trt_plugin.cpp", _MOE / "kernel_cuda.cu")
+_SOURCES = tuple(_MOE / name for name in ("trt_plugin.cpp", "ort_op.cpp", "kernel_cpu.cpp", "kernel_cuda.cu"))
 
 
 def find_nvcc() -> tuple[Path, Path]:

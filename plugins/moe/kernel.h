@@ -65,4 +65,7 @@ bool moe_check(const MoeSizes& sizes, const MoeTypes& types, char* message, size
 // it can be captured into a graph. The same inputs give the same bits. A token with a NaN logit has NaN outputs.
 int moe_launch(const MoeSizes& sizes, const MoeTypes& types, const MoeTensors& tensors, MoePath path, void* stream);
 
+// The op on host pointers, with types.real also kFloat32; `workspace` is not used. May throw std::bad_alloc.
+void moe_compute_on_cpu(const MoeSizes& sizes, const MoeTypes& types, const MoeTensors& tensors);
+
 }  // namespace gemma4
