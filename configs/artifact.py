@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.configs.errors import ArtifactError, ContractError, nearest
 from gemma4_export.configs.manifest import LOCK_NAME, MANIFEST_NAME, FileEntry, Manifest
 
 # Hashing runs at about 2 GB/s: files up to this size cost load at most 30 ms each, weights can take minutes.
 SMALL_FILE_BYTES = 64 << 20
+Check = Literal["small", "full"]
 _FETCH_AGAIN = "copy the folder again, or build it again with gemma4-export build"
 
 
@@ -23,15 +25,20 @@ class Artifact:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path, *, check: Literal["small", "full"] = "small") -> Artifact:
+    def open(cls, folder: str | Path, *, check: Check = "small") -> Artifact:
         """Read the manifest and check the files.
 
         Args:
             check: "small" compares every size and hashes files up to 64 MiB; "full" hashes the weights as well.
         Raises:
             ArtifactError: no artifact, of another format, damaged, or naming files outside its folder.
+            ContractError: ``folder`` is no path or an empty one, or ``check`` is neither of its values.
         """
-        folder = Path(folder)
+        folder = artifact_path(folder)
+        if check not in get_args(Check):
+            raise ContractError(
+                f"check: expected 'small' or 'full', found {check!r:.60}", hint=nearest(str(check), get_args(Check))
+            )
         path = folder / MANIFEST_NAME
         if (folder / LOCK_NAME).exists():
             raise ArtifactError(
@@ -68,3 +75,17 @@ class Artifact:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != entry.sha256:
                 raise ArtifactError(f"{name}: sha256 {found[:12]}…, expected {entry.sha256[:12]}…", hint=_FETCH_AGAIN)
+
+
+def artifact_path(name: Any) -> Path:
+    """The path that ``name`` is; an empty one would be the current folder, which nobody named.
+
+    Raises:
+        ContractError: it is no path, or empty.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise ContractError(
+            f"the artifact: expected the path of a folder, found {name!r:.60}",
+            hint="an artifact is a folder that gemma4-export build wrote",
+        )
+    return Path(name)

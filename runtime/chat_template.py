@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from gemma4_export.configs.errors import ConfigError
+from gemma4_export.runtime.messages import MAX_DEPTH
 
 if TYPE_CHECKING:
     import jinja2
@@ -25,6 +26,9 @@ DEFAULT_SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token
 
 # A message's thought goes by three names; templates are promised the first.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
+# What expressions inside a template raise on odd data, beside jinja's own.
+_DATA_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 # Appended to the text to continue, so that its end can be found in the prompt. Its own trailing space tells whether the
 # template trims. A noncharacter of Unicode: no text for interchange contains it.
@@ -112,8 +116,7 @@ class ChatTemplate:
 
         try:
             return self._template.render(values)
-        # what expressions inside a template raise: its own raise_exception, and Python's errors on odd data
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except (jinja2.TemplateError, *_DATA_ERRORS) as error:
             raise ConfigError(
                 f"{self.path.name} refused the messages: {error}",
                 hint="check roles, content, tool calls and tool results against the template; its own words are above",
@@ -241,11 +244,16 @@ def _with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
     return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
-def _plain(value: Any, where: str, mark: Callable[[str], str]) -> Any:
+def _plain(value: Any, where: str, mark: Callable[[str], str], depth: int = 0) -> Any:
     """A copy in plain JSON types, every string passed through ``mark``.
 
     Media in content parts (arrays, images) becomes ``<TypeName>``: templates look whether it is there, never at it.
     """
+    if depth > MAX_DEPTH:
+        raise ConfigError(
+            f"{where:.40}…: nested deeper than {MAX_DEPTH} levels, or a part of itself",
+            hint="pass plain JSON data, at most a few levels deep",
+        )
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):  # the exact type: an enum's str() prints its name
@@ -255,9 +263,10 @@ def _plain(value: Any, where: str, mark: Callable[[str], str]) -> Any:
     if isinstance(value, float):
         return float(value)
     if isinstance(value, Mapping):
-        return {_plain(key, where, mark): _plain(item, f"{where}.{key}", mark) for key, item in value.items()}
+        below = depth + 1
+        return {_plain(key, where, mark): _plain(item, f"{where}.{key}", mark, below) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_plain(item, f"{where}[{i}]", mark) for i, item in enumerate(value)]
+        items = [_plain(item, f"{where}[{i}]", mark, depth + 1) for i, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)  # templates print the two differently
     if isinstance(value, np.generic):
         return _plain(value.item(), where, mark)

@@ -10,6 +10,7 @@ import numpy as np
 
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ContractError
+from gemma4_export.runtime import checks
 from gemma4_export.runtime.kv_cache import KVCache
 from gemma4_export.runtime.rope import RopeTable
 from gemma4_export.runtime.session import open_session
@@ -110,60 +111,33 @@ class Decoder:
     def _check_ids(self, ids: Sequence[int]) -> Int64:
         if _is_one_below(ids, self.manifest.model.vocab_size):
             return np.array(ids, np.int64)
-        tokens = _as_array(ids)
-        if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        tokens = checks.token_ids(ids, self.manifest.model.vocab_size)
+        if not len(tokens):
             raise ContractError(
-                f"ids: expected a list of at least one integer, found {_describe(tokens)}",
+                "ids: expected a list of at least one integer, found none",
                 hint="model.encode(messages) or model.encode_raw(text) makes one",
             )
-        vocab_size = self.manifest.model.vocab_size
-        if tokens.min() < 0 or tokens.max() >= vocab_size:
-            worst = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
-            raise ContractError(
-                f"ids: {worst} is outside the vocabulary of {vocab_size}",
-                hint="encode with this artifact's own tokenizer",
-            )
-        return tokens.astype(np.int64)
+        return tokens
 
     def _check_chunk(self, chunk: int | None) -> int:
         longest = self.manifest.chunk
         if chunk is None:
             return longest
-        if not isinstance(chunk, (int, np.integer)) or not 1 <= chunk <= longest:
-            raise ContractError(
-                f"chunk: expected 1 to {longest}, found {chunk}", hint="build with a larger --chunk for longer ones"
-            )
-        return chunk
+        hint = "build with a larger --chunk for longer ones"
+        return checks.integer("chunk", chunk, 1, longest, hint, kind=ContractError)
 
     def _check_rows(self, rows: Sequence[int], count: int) -> Int64:
         if _is_one_below(rows, count):
             return np.array(rows, np.int64)
-        wanted = _as_array(rows)
-        if wanted.size == 0:
-            return np.zeros(0, np.int64)
-        if wanted.ndim != 1 or not np.issubdtype(wanted.dtype, np.integer):
-            raise ContractError(
-                f"rows: expected a list of integers, found {_describe(wanted)}", hint="rows=[len(ids) - 1] is the last"
-            )
-        if wanted.min() < 0 or wanted.max() >= count:
+        wanted = checks.integers("rows", rows, "rows=[len(ids) - 1] is the last")
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= count):
             worst = int(wanted.min()) if wanted.min() < 0 else int(wanted.max())
             raise ContractError(
                 f"rows: {worst} is not an index into {count} ids", hint="rows count from the first of ids"
             )
-        return wanted.astype(np.int64)
+        return wanted
 
 
 def _is_one_below(values: Sequence[int], end: int) -> bool:
     """Whether this is a list of one index below ``end``, as every decode step has: told without NumPy's 10 µs."""
     return type(values) is list and len(values) == 1 and type(values[0]) is int and 0 <= values[0] < end
-
-
-def _as_array(values: Sequence[int]) -> np.ndarray[Any, np.dtype[Any]]:
-    try:
-        return np.asarray(values)
-    except ValueError:  # a list of lists of different lengths
-        return np.asarray(values, object)
-
-
-def _describe(tokens: np.ndarray[Any, np.dtype[Any]]) -> str:
-    return "none" if tokens.size == 0 else f"shape {list(tokens.shape)} of {tokens.dtype}"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from gemma4_export.configs.artifact import Artifact
+from gemma4_export.configs.artifact import Artifact, Check
 from gemma4_export.configs.errors import ConfigError, ContractError
+from gemma4_export.runtime import checks
 from gemma4_export.runtime.chat_template import ChatTemplate
 from gemma4_export.runtime.decoder import Decoder, Float32
 from gemma4_export.runtime.generate import Pick, generate_ids
 from gemma4_export.runtime.kv_cache import KVCache
 from gemma4_export.runtime.memory import check_memory
+from gemma4_export.runtime.messages import check_messages, check_tools
 from gemma4_export.runtime.reply import Reply, ReplyParser
 from gemma4_export.runtime.sampling import Sampler, Sampling
 from gemma4_export.runtime.stream import Stream
@@ -23,9 +24,8 @@ from gemma4_export.runtime.tokenizer import Tokenizer, load_stop_ids
 
 _log = logging.getLogger(__name__)
 
-_MEDIA = ("image", "image_url", "audio", "input_audio", "video")
-_ASKING = ("user", "system", "developer")
-
+# Arguments that no template variable may stand for.
+_NO_VARIABLES = ("messages", "tools", "enable_thinking", "template", "mark_text", "self")
 DEFAULT_MAX_NEW_TOKENS = 1024
 MAX_THREADS = 1024
 """More than any machine has cores; onnxruntime did not start 100,000 within a minute, and says nothing meanwhile."""
@@ -42,7 +42,8 @@ class Gemma4:
         self, artifact: Artifact, *, num_threads: int | None = None, max_memory_bytes: int | None = None
     ) -> None:
         """Load the graph and map the tables of an opened artifact; ``Gemma4.load`` does both."""
-        _check_threads(num_threads)
+        if num_threads is not None:
+            checks.integer("num_threads", num_threads, 1, MAX_THREADS, "leave it out for one a core")
         check_memory(artifact.manifest, max_memory_bytes)
         self.artifact = artifact
         if artifact.manifest.has_dummy_weights:
@@ -63,7 +64,7 @@ class Gemma4:
         cls,
         folder: str | Path,
         *,
-        check: Literal["small", "full"] = "small",
+        check: Check = "small",
         num_threads: int | None = None,
         max_memory_bytes: int | None = None,
     ) -> Gemma4:
@@ -77,13 +78,17 @@ class Gemma4:
                 passes the memory that the system has left.
         Raises:
             ArtifactError: no artifact, damaged, of a newer format, for a backend that cannot run here, or too large.
+            ContractError: ``folder`` is no path, or ``check`` none of its two values.
             ConfigError: ``num_threads`` or ``max_memory_bytes`` is no positive integer.
         """
         artifact = Artifact.open(folder, check=check)
         return cls(artifact, num_threads=num_threads, max_memory_bytes=max_memory_bytes)
 
     def close(self) -> None:
-        """Free weights and caches. Calling it twice is fine; whatever computes raises ContractError afterwards."""
+        """Free weights and caches. Calling it twice is fine; whatever computes raises ContractError afterwards.
+
+        So does a stream that is under way, before its next token (or the next chunk of its prompt).
+        """
         self._decoder, self._kept = None, None
 
     def __enter__(self) -> Self:
@@ -146,7 +151,8 @@ class Gemma4:
         ``add_generation_prompt`` None means yes, unless ``continue_final_message`` is among the variables.
 
         Raises:
-            ConfigError: a base model, whose checkpoint has no template, or the template refuses the messages.
+            ConfigError: a base model, whose checkpoint has no template, messages or tools that nobody would read as
+                they are meant, or the template refuses them.
         """
         if self.template is None:
             name = self.artifact.manifest.model.name
@@ -154,7 +160,9 @@ class Gemma4:
                 f"{name} is a base model: its checkpoint has no chat template",
                 hint="gemma4-run generate ARTIFACT --raw --prompt TEXT, or build the instruction-tuned checkpoint",
             )
-        _check_content(messages)
+        check_messages(messages, self.template.source)
+        check_tools(tools)
+        checks.named_values("template_variables", variables, _NO_VARIABLES)
         return self.tokenizer.encode_chat(
             self.template,
             messages,
@@ -166,7 +174,7 @@ class Gemma4:
 
     def encode_raw(self, text: str) -> list[int]:
         """Plain text to ids with one BOS in front, as base models were trained; control tokens become control ids."""
-        ids = self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(checks.text("text", text, 'model.encode_raw("Once upon a time")'))
         return ids if ids[:1] == [self.tokenizer.bos_id] else [self.tokenizer.bos_id, *ids]
 
     def generate(
@@ -199,7 +207,8 @@ class Gemma4:
         Raises:
             ConfigError, ContractError: as in ``encode`` and ``stream_ids``.
         """
-        variables = template_variables or {}
+        given = {} if template_variables is None else template_variables
+        variables = checks.named_values("template_variables", given, _NO_VARIABLES)
         return self.stream_ids(self.encode(messages, tools, enable_thinking=enable_thinking, **variables), **options)
 
     def stream_ids(
@@ -223,22 +232,13 @@ class Gemma4:
             sampling: options of ``Sampling`` by name, such as ``temperature=0``; others are the checkpoint's.
         Raises:
             ConfigError: an option of an unknown name, out of range, or in contradiction to another.
-            ContractError: an empty prompt, or one longer than the context.
+            ContractError: as in ``check_prompt``, or the model is closed.
         """
-        _check_count("max_new_tokens", max_new_tokens, f"leave it out for {DEFAULT_MAX_NEW_TOKENS}")
+        checks.integer("max_new_tokens", max_new_tokens, 1, None, f"leave it out for {DEFAULT_MAX_NEW_TOKENS}")
         if thinking_budget is not None:
-            _check_count("thinking_budget", thinking_budget, "leave it out, or ask for no thought")
-        decoder, options, ids = self.decoder, self.sampling.replace(**sampling), list(ids)
-        if not ids:
-            raise ContractError(
-                "the prompt has no tokens", hint="model.encode(messages) or model.encode_raw(text) makes some"
-            )
-        if len(ids) >= self.context:
-            raise ContractError(
-                f"the prompt has {len(ids)} tokens, the context {self.context}, and the answer needs one at least",
-                hint="shorten the prompt, or build with a larger --context",
-            )
-        vocab_size = decoder.manifest.model.vocab_size
+            checks.integer("thinking_budget", thinking_budget, 1, None, "leave it out, or ask for no thought")
+        vocab_size = self.decoder.manifest.model.vocab_size
+        options, ids = self.sampling.replace(**sampling), self.check_prompt(ids)
         sampler = Sampler(options, prompt_ids=ids, vocab_size=vocab_size, num_logprobs=logprobs)
         parser = ReplyParser(ids, self.tokenizer, stop=stop)
         cache = self._cache_for(ids)
@@ -248,6 +248,24 @@ class Gemma4:
             return self._run(ids, cache, parser, pick, max_new_tokens, is_cancelled)
 
         return Stream(tokens, parser, sampler, stop_ids=self.stop_ids, num_cached_tokens=cache.length)
+
+    def check_prompt(self, ids: Sequence[int]) -> list[int]:
+        """``ids`` as plain integers, if they are a prompt that an answer fits behind.
+
+        Raises:
+            ContractError: no list of ids of the vocabulary, none at all, or as many as the context or more.
+        """
+        prompt: list[int] = checks.token_ids(ids, self.artifact.manifest.model.vocab_size).tolist()
+        if not prompt:
+            raise ContractError(
+                "the prompt has no tokens", hint="model.encode(messages) or model.encode_raw(text) makes some"
+            )
+        if len(prompt) >= self.context:
+            raise ContractError(
+                f"the prompt has {len(prompt)} tokens, the context {self.context}, and the answer needs one at least",
+                hint="shorten the prompt, or build with a larger --context",
+            )
+        return prompt
 
     def _run(
         self,
@@ -259,6 +277,11 @@ class Gemma4:
         is_cancelled: Callable[[], bool],
     ) -> Generator[int]:
         """New ids; whatever ends it, the cache is kept for the request that goes on from here."""
+
+        def is_over() -> bool:
+            """Raises ContractError: the model was closed since the last step."""
+            return is_cancelled() or self.decoder is None
+
         _log.debug("prompt of %d tokens, %d of them cached", len(ids), cache.length)
         try:
             yield from generate_ids(
@@ -268,7 +291,7 @@ class Gemma4:
                 pick=pick,
                 max_new_tokens=max_new_tokens,
                 stop_ids=self.stop_ids,
-                is_cancelled=is_cancelled,
+                is_cancelled=is_over,
             )
         finally:
             if self._decoder is not None:
@@ -304,47 +327,3 @@ class Gemma4:
             return sampler.pick(logits)
 
         return pick
-
-
-def _check_content(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse what a template would pass over in silence: nobody would know that it was not read."""
-    # what is no list of mappings at all, the template refuses
-    for index, message in enumerate(messages if isinstance(messages, (list, tuple)) else ()):
-        if not isinstance(message, Mapping):
-            continue
-        content, where = message.get("content"), f"messages[{index}]"
-        parts = content if isinstance(content, (list, tuple)) else ()
-        for part in parts:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind in _MEDIA:
-                raise ConfigError(
-                    f"{where}: {kind} parts are not read by this version, which packs no vision or audio",
-                    hint="send text only",
-                )
-        # a model's turn may be tool calls alone, and a tool's result any JSON
-        if message.get("role") in _ASKING and "tool_responses" not in message:
-            _check_text(where, content, parts)
-
-
-def _check_text(where: str, content: Any, parts: Sequence[Any]) -> None:
-    hint = '{"role": "user", "content": "Hello"}, or "content": [{"type": "text", "text": "Hello"}]'
-    if not isinstance(content, str) and not parts:
-        raise ConfigError(f"{where}: content is {content!r:.60}, expected text or a list of parts", hint=hint)
-    for index, part in enumerate(parts):
-        is_text = isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        if not is_text:
-            raise ConfigError(f"{where}: part {index} is {part!r:.60}, expected a text part", hint=hint)
-
-
-def _check_count(name: str, value: Any, hint: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ConfigError(f"{name}: expected an integer of at least 1, found {value!r}", hint=hint)
-
-
-def _check_threads(num_threads: Any) -> None:
-    if num_threads is None:
-        return
-    hint = "leave it out for one a core"
-    _check_count("num_threads", num_threads, hint)
-    if num_threads > MAX_THREADS:
-        raise ConfigError(f"num_threads: expected at most {MAX_THREADS}, found {num_threads}", hint=hint)

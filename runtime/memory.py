@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gemma4_export.configs.errors import ArtifactError, ConfigError
+from gemma4_export.configs.errors import ArtifactError
 from gemma4_export.configs.manifest import Manifest
 from gemma4_export.configs.step_bytes import PROCESS_BYTES, cpu_memory_bytes
+from gemma4_export.runtime import checks
 
 
 def check_memory(manifest: Manifest, max_memory_bytes: int | None) -> None:
@@ -26,20 +27,17 @@ def check_memory(manifest: Manifest, max_memory_bytes: int | None) -> None:
         left = available_bytes()
         if left is not None and weights > left:
             raise ArtifactError(
-                f"{manifest.model.name}: weights of {_gb(weights)} in memory, {_gb(left)} are left on this machine",
+                f"{manifest.model.name}: weights of {_size(weights)} in memory, {_size(left)} are left on this machine",
                 hint="close another model, or build with a smaller recipe: --recipe int4",
             )
         return
-    if isinstance(max_memory_bytes, bool) or not isinstance(max_memory_bytes, int) or max_memory_bytes < 1:
-        raise ConfigError(
-            f"max_memory_bytes: expected a positive integer, found {max_memory_bytes!r}", hint="4 GB is 4_000_000_000"
-        )
+    checks.integer("max_memory_bytes", max_memory_bytes, 1, None, "4 GB is 4_000_000_000")
     kv = manifest.kv.num_bytes(manifest.context)
     needed = weights + kv + PROCESS_BYTES
     if needed > max_memory_bytes:
         raise ArtifactError(
-            f"{manifest.model.name}: needs {_gb(needed)} (weights {_gb(weights)}, KV of {manifest.context} tokens "
-            f"{_gb(kv)}, process {_gb(PROCESS_BYTES)}), max_memory_bytes is {_gb(max_memory_bytes)}",
+            f"{manifest.model.name}: needs {_size(needed)} (weights {_size(weights)}, KV of {manifest.context} tokens "
+            f"{_size(kv)}, process {_size(PROCESS_BYTES)}), max_memory_bytes is {_size(max_memory_bytes)}",
             hint="raise max_memory_bytes, or build with a smaller --context or --recipe int4",
         )
 
@@ -113,5 +111,6 @@ def _limit(group: Path) -> Container | None:
     return None
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+def _size(count: int) -> str:
+    """Three digits or so: a cap of a megabyte is not 0.00 GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count} bytes"

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from gemma4_export.configs.errors import ConfigError, ContractError, nearest
+from gemma4_export.runtime import checks
 from gemma4_export.runtime.reply import TokenLogprob
 from gemma4_export.runtime.tokenizer import load_suppressed_ids
 
@@ -74,7 +75,7 @@ class Sampling:
                 f"temperature: expected 0 or at least {1 / _MAX_CHANGE:g}, found {self.temperature!r}",
                 hint="0 picks the most likely token",
             )
-        _check_integer("top_k", self.top_k, 0, None, "0 means all tokens")
+        checks.integer("top_k", self.top_k, 0, None, "0 means all tokens")
         _check_number("top_p", self.top_p, 0, 1, "1 means all tokens", is_open=True)
         _check_number("min_p", self.min_p, 0, 1, "0 means all tokens")
         _check_number("repetition_penalty", self.repetition_penalty, 1 / _MAX_CHANGE, _MAX_CHANGE, "1 means none")
@@ -82,7 +83,7 @@ class Sampling:
         _check_bias(self.logit_bias)
         _check_ids(self.suppressed_ids)
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0, _MAX_SEED, "leave it out for another answer each time")
+            checks.integer("seed", self.seed, 0, _MAX_SEED, "leave it out for another answer each time")
         if both := sorted(set(self.logit_bias) & set(self.suppressed_ids)):
             raise ConfigError(
                 f"token {both[0]}: logit_bias {self.logit_bias[both[0]]}, and in suppressed_ids, never to be picked",
@@ -146,7 +147,7 @@ class Sampler:
             raise ConfigError(f"suppressed_ids: all {vocab_size} tokens", hint="leave one to pick")
         if num_logprobs is not None:
             most = min(MAX_LOGPROBS, vocab_size)
-            _check_integer("logprobs", num_logprobs, 0, most, "0 gives the picked token's alone")
+            checks.integer("logprobs", num_logprobs, 0, most, "0 gives the picked token's alone")
         self._sampling, self._num_logprobs = sampling, num_logprobs
         self.seed: int | None = None
         """What makes this answer again; None: no chance is involved."""
@@ -337,20 +338,13 @@ def _check_number(
         raise ConfigError(f"{name}: expected a finite number{least}{most}, found {value!r}", hint=hint)
 
 
-def _check_integer(name: str, value: Any, low: int, high: int | None, hint: str) -> None:
-    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_integer or value < low or (high is not None and value > high):
-        most = "" if high is None else f" and at most {high}"
-        raise ConfigError(f"{name}: expected an integer of at least {low}{most}, found {value!r}", hint=hint)
-
-
 def _check_bias(bias: Any) -> None:
     if not isinstance(bias, Mapping):
         raise ConfigError(
             f"logit_bias: expected token id -> number, found {type(bias).__name__}", hint="logit_bias={5: -2.0}"
         )
     for index, value in bias.items():
-        _check_integer("logit_bias: token id", index, 0, None, "logit_bias={5: -2.0}")
+        checks.integer("logit_bias: token id", index, 0, None, "logit_bias={5: -2.0}")
         _check_number(f"logit_bias[{index}]", value, -_MAX_CHANGE, _MAX_CHANGE, "suppressed_ids=(id,) forbids a token")
 
 
@@ -360,7 +354,7 @@ def _check_ids(ids: Any) -> None:
             f"suppressed_ids: expected token ids, found {type(ids).__name__}", hint="suppressed_ids=(5, 6)"
         )
     for index in ids:
-        _check_integer("suppressed_ids", index, 0, None, "suppressed_ids=(5, 6)")
+        checks.integer("suppressed_ids", index, 0, None, "suppressed_ids=(5, 6)")
 
 
 def _check_vocabulary(name: str, ids: Collection[int], vocab_size: int) -> None:

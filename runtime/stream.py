@@ -15,7 +15,8 @@ from gemma4_export.runtime.sampling import Sampler
 class Stream:
     """Iterate it for events; the last is ``Finished``. Nothing is computed before the first is asked for.
 
-    One thread iterates; ``cancel`` may be called from any. As a context manager it is closed at the end of the block.
+    One thread at a time iterates; ``cancel`` and ``close`` may be called from any. As a context manager it is closed at
+    the end of the block.
     """
 
     def __init__(
@@ -31,16 +32,32 @@ class Stream:
         self._parser, self._sampler, self._stop_ids = parser, sampler, stop_ids
         self._num_cached_tokens = num_cached_tokens
         self._cancelled = threading.Event()
+        self._iterating = threading.Lock()
+        self._is_closed = False
         self._prefill_ms = self._last_ms = 0.0
         self._reply: Reply | None = None
         self._tokens = tokens(self._cancelled.is_set)
         self._events = self._run()
 
     def __iter__(self) -> Iterator[Event]:
-        return self._events
+        return self
 
     def __next__(self) -> Event:
-        return next(self._events)
+        """Raises ContractError: another thread is in here, or the model was closed."""
+        if not self._iterating.acquire(blocking=False):
+            raise ContractError(
+                "the stream is being iterated by another thread",
+                hint="one thread iterates; any may call stream.cancel()",
+            )
+        try:
+            event = next(self._events)
+        finally:
+            self._iterating.release()
+            if self._is_closed:
+                self._end()
+        if self._is_closed:  # by another thread, while the event was made
+            raise StopIteration
+        return event
 
     def __enter__(self) -> Self:
         return self
@@ -56,10 +73,22 @@ class Stream:
         self._cancelled.set()
 
     def close(self) -> None:
-        """Stop, without further events. From the iterating thread."""
+        """Stop, without further events; what was said is not kept as a reply. From any thread.
+
+        An iteration that is under way in another thread ends like one that has come to its end.
+        """
+        self._is_closed = True
         self._cancelled.set()
-        self._events.close()
-        self._tokens.close()
+        self._end()
+
+    def _end(self) -> None:
+        """Close the generators, unless a thread is inside them: it does that itself when it comes out."""
+        if self._iterating.acquire(blocking=False):
+            try:
+                self._events.close()
+                self._tokens.close()
+            finally:
+                self._iterating.release()
 
     @property
     def usage(self) -> Usage:
@@ -76,8 +105,13 @@ class Stream:
         """The whole answer.
 
         Raises:
-            ContractError: the stream has not ended.
+            ContractError: the stream has not ended, or was closed before its end.
         """
+        if self._reply is None and self._is_closed:
+            raise ContractError(
+                f"the stream was closed after {self.usage.num_new_tokens} tokens",
+                hint="stream.cancel() stops it as well, and keeps what was said",
+            )
         if self._reply is None:
             raise ContractError(
                 f"the stream has not ended: {self.usage.num_new_tokens} tokens so far",
@@ -87,7 +121,7 @@ class Stream:
 
     def wait(self) -> Reply:
         """Run to the end and return the whole answer."""
-        for _ in self._events:
+        for _ in self:
             pass
         return self.reply
 
@@ -100,6 +134,8 @@ class Stream:
             if parser.is_stopped:
                 break
         self._tokens.close()
+        if self._is_closed:
+            return
         yield from parser.finish()
         self._reply = parser.reply(
             self._reason(newest),

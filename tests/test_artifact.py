@@ -956,14 +956,14 @@ def model() -> Gemma4:
         ([], "ids: expected a list of at least one integer, found none"),
         ([-1], "ids: -1 is outside the vocabulary of 440"),
         ([5, 440], "ids: 440 is outside the vocabulary of 440"),
-        ([5.0, 6.0], "ids: expected a list of at least one integer, found shape [2] of float64"),
-        ([True], "ids: expected a list of at least one integer, found shape [1] of bool"),
-        ([[5, 6]], "ids: expected a list of at least one integer, found shape [1, 2] of int64"),
-        ([[5], [6, 7]], "ids: expected a list of at least one integer, found shape [2] of object"),
-        (["5"], "ids: expected a list of at least one integer, found shape [1] of <U1"),
-        (5, "ids: expected a list of at least one integer, found shape [] of int64"),
-        (None, "ids: expected a list of at least one integer, found shape [] of object"),
-        ([10**30], "ids: expected a list of at least one integer, found shape [1] of object"),
+        ([5.0, 6.0], "ids: expected a list of integers, found shape [2] of float64"),
+        ([True], "ids: expected a list of integers, found shape [1] of bool"),
+        ([[5, 6]], "ids: expected a list of integers, found shape [1, 2] of int64"),
+        ([[5], [6, 7]], "ids: expected a list of integers, found shape [2] of object"),
+        (["5"], "ids: expected a list of integers, found shape [1] of <U1"),
+        (5, "ids: expected a list of integers, found 5"),
+        (None, "ids: expected a list of integers, found None"),
+        ([10**30], "ids: expected a list of integers, found shape [1] of object"),
         ([5] * 65, "0 + 65 tokens do not fit the context of 64"),
     ],
 )
@@ -1004,7 +1004,7 @@ def test_no_rows_give_no_logits_but_fill_the_cache(model: Gemma4) -> None:
 def test_chunk_out_of_range_is_refused(model: Gemma4, chunk: Any) -> None:
     with pytest.raises(ContractError) as caught:
         model.forward([5, 6, 7], chunk=chunk)
-    assert caught.value.cause == f"chunk: expected 1 to 7, found {chunk}"
+    assert caught.value.cause == f"chunk: expected an integer of at least 1 and at most 7, found {chunk!r}"
     assert caught.value.hint == "build with a larger --chunk for longer ones"
 
 

@@ -34,6 +34,10 @@ PUBLISHED = [
     "vllm-tool-20260616",
 ]
 USER = {"role": "user", "content": "Hello"}
+ENDLESS: dict[str, Any] = {}
+ENDLESS["me"] = ENDLESS
+ENDLESS_LIST: list[Any] = []
+ENDLESS_LIST.append(ENDLESS_LIST)
 
 
 @pytest.fixture(scope="session")
@@ -285,6 +289,8 @@ def test_values_reach_the_template_as_plain_data(tmp_path: Path) -> None:
         ({"messages": [USER], "tools": {"name": "f"}}, "tools: expected a list of mappings, got dict"),
         ({"messages": [USER], "tools": [print]}, r"tools\[0\]: expected a mapping, got builtin_function_or_method"),
         ({"messages": [USER], "style": {1j}}, r"style: expected JSON data .*, got set"),
+        ({"messages": [USER], "tools": [ENDLESS]}, r"^tools\[0\].me.me.+…: nested deeper than 64 levels, or a part of"),
+        ({"messages": [USER], "style": ENDLESS_LIST}, r"^style\[0\]\[0\].+…: nested deeper than 64 levels, or a part"),
         ({"messages": [USER], "add_generation_prompt": True, "continue_final_message": True}, "not both"),
         ({"messages": [USER], "continue_final_message": "summary"}, "'summary' is absent from the last message"),
         (
@@ -310,6 +316,7 @@ def test_bad_input_is_refused_with_a_hint(tmp_path: Path, arguments: dict[str, A
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages[0].missing.deeper }}", "has no attribute 'missing'"),
+        ("{% macro more() %}{{ more() }}{% endmacro %}{{ more() }}", "maximum recursion depth exceeded"),
     ],
 )
 def test_the_templates_own_errors_reach_the_reader(tmp_path: Path, text: str, cause: str) -> None:

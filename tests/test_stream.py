@@ -16,6 +16,7 @@ from gemma4_export.configs.errors import ArtifactError, ConfigError, ContractErr
 from gemma4_export.configs.step_bytes import PROCESS_BYTES, cpu_memory_bytes
 from gemma4_export.runtime import Finished, Gemma4, TextPiece, ThoughtPiece, memory
 from gemma4_export.runtime.kv_cache import KVCache
+from gemma4_export.runtime.stream import Stream
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -122,6 +123,96 @@ def test_closing_a_stream_ends_it_without_events(model: Gemma4) -> None:
     with model.stream(HELLO) as stream:
         pass
     assert list(stream) == []
+
+
+def long_stream(model: Gemma4) -> Stream:
+    """An answer of 60 tokens, unless something ends it."""
+    return model.stream(HELLO, max_new_tokens=60, suppressed_ids=model.stop_ids, seed=1)
+
+
+def test_closing_a_stream_in_its_middle_ends_the_iteration(model: Gemma4) -> None:
+    stream = long_stream(model)
+    seen = []
+    for event in stream:
+        seen.append(event)
+        stream.close()
+    assert len(seen) == 1
+    with pytest.raises(ContractError, match=r"^the stream was closed after \d+ tokens") as caught:
+        stream.wait()
+    assert caught.value.hint == "stream.cancel() stops it as well, and keeps what was said"
+    stream.close()
+    assert stream.usage.num_new_tokens < 60
+
+
+def test_a_stream_that_has_ended_keeps_its_reply_when_it_is_closed(model: Gemma4) -> None:
+    with model.stream(HELLO, max_new_tokens=2, seed=1) as stream:
+        reply = stream.wait()
+    assert stream.reply is reply
+
+
+@pytest.mark.parametrize("ends", ["close", "cancel"])
+def test_another_thread_may_end_a_stream_while_a_token_is_computed(
+    ends: str, model: Gemma4, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, calls = long_stream(model), []
+    forward = model.decoder.forward
+
+    def ended_meanwhile(tokens: Any, cache: KVCache, **arguments: Any) -> Any:
+        calls.append(len(tokens))
+        if len(calls) == 4:  # from inside a step, so that the iterating thread is certainly in one
+            other = threading.Thread(target=getattr(stream, ends))
+            other.start()
+            other.join()
+        return forward(tokens, cache, **arguments)
+
+    monkeypatch.setattr(model.decoder, "forward", ended_meanwhile)
+    events = list(stream)
+    assert len(calls) == 4
+    if ends == "cancel":
+        assert stream.reply.finish_reason == "cancelled"
+    else:
+        assert not any(isinstance(event, Finished) for event in events)
+        with pytest.raises(ContractError, match=r"^the stream was closed after \d+ tokens"):
+            _ = stream.reply
+    monkeypatch.undo()
+    assert len(model.generate(HELLO, max_new_tokens=2).ids) in (1, 2)
+
+
+def test_two_threads_do_not_iterate_one_stream(model: Gemma4, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, caught = long_stream(model), []
+    forward = model.decoder.forward
+
+    def iterate() -> None:
+        try:
+            next(stream)
+        except ContractError as error:
+            caught.append(error)
+
+    def interrupted(tokens: Any, cache: KVCache, **arguments: Any) -> Any:
+        other = threading.Thread(target=iterate)
+        other.start()
+        other.join()
+        return forward(tokens, cache, **arguments)
+
+    monkeypatch.setattr(model.decoder, "forward", interrupted)
+    assert len(stream.wait().ids) == 60
+    assert len(caught) >= 60
+    assert caught[0].cause == "the stream is being iterated by another thread"
+    assert caught[0].hint
+
+
+def test_closing_the_model_ends_a_stream_with_an_error(folder: Path) -> None:
+    model = Gemma4.load(folder)
+    stream = long_stream(model)
+    next(stream)
+    made = stream.usage.num_new_tokens
+    model.close()
+    with pytest.raises(ContractError, match=r"^the model is closed"):
+        list(stream)
+    assert stream.usage.num_new_tokens == made
+    cancelled = long_stream(Gemma4.load(folder))
+    cancelled.cancel()
+    assert cancelled.wait().finish_reason == "cancelled"
 
 
 def test_a_thought_is_closed_at_its_budget(model: Gemma4, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,11 +359,15 @@ def test_a_closed_model_says_so(folder: Path) -> None:
 def test_thread_counts_that_are_none_are_refused(folder: Path, num_threads: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         Gemma4.load(folder, num_threads=num_threads)
-    assert caught.value.cause == f"num_threads: expected an integer of at least 1, found {num_threads!r}"
+    assert (
+        caught.value.cause == f"num_threads: expected an integer of at least 1 and at most 1024, found {num_threads!r}"
+    )
 
 
 def test_more_threads_than_any_machine_has_cores_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^num_threads: expected at most 1024, found 100000"):
+    with pytest.raises(
+        ConfigError, match=r"^num_threads: expected an integer of at least 1 and at most 1024, found 100000"
+    ):
         Gemma4.load(folder, num_threads=100_000)
 
 
@@ -326,12 +421,14 @@ def test_a_load_beyond_the_cap_is_refused_before_it_happens(folder: Path, monkey
         Gemma4.load(folder, max_memory_bytes=needed - 1)
     name = manifest.model.name
     assert caught.value.cause == (
-        f"{name}: needs {needed / 1e9:.2f} GB (weights {weights / 1e9:.2f} GB, KV of 128 tokens {kv / 1e9:.2f} GB, "
+        f"{name}: needs {needed / 1e9:.2f} GB (weights {weights / 1e6:.2f} MB, KV of 128 tokens {kv} bytes, "
         f"process 0.37 GB), max_memory_bytes is {(needed - 1) / 1e9:.2f} GB"
     )
     assert caught.value.hint
+    with pytest.raises(ArtifactError, match=r"max_memory_bytes is 1\.00 MB\n"):
+        Gemma4.load(folder, max_memory_bytes=10**6)
     for value in (0, 1.5, True, "4GB"):
-        with pytest.raises(ConfigError, match=r"^max_memory_bytes: expected a positive integer, found "):
+        with pytest.raises(ConfigError, match=r"^max_memory_bytes: expected an integer of at least 1, found "):
             Gemma4.load(folder, max_memory_bytes=value)
 
 
@@ -344,8 +441,8 @@ def test_a_second_load_beyond_memory_is_refused_with_numbers(folder: Path, monke
     with pytest.raises(ArtifactError) as caught:
         Gemma4.load(folder)
     assert caught.value.cause == (
-        f"{manifest.model.name}: weights of {weights / 1e9:.2f} GB in memory, "
-        f"{(weights - 1) / 1e9:.2f} GB are left on this machine"
+        f"{manifest.model.name}: weights of {weights / 1e6:.2f} MB in memory, "
+        f"{(weights - 1) / 1e6:.2f} MB are left on this machine"
     )
     assert caught.value.hint == "close another model, or build with a smaller recipe: --recipe int4"
 
