@@ -35,18 +35,20 @@ class Profile:
 def engine_profiles(*, chunk: int, context: int) -> tuple[Profile, ...]:
     """Decoding one token anywhere, and prefill in calls that get shorter as the sequence gets longer.
 
+    Decoding is for one token or two: for exactly one, TensorRT-RTX 1.7.1 writes out rows of 8-bit weights in 16 bits on
+    every call, and keeps unquantised gates and up projections twice (1.6 times the weights of a bfloat16 E2B).
     A shorter chunk or context makes profiles equal; each is listed once, under the first name.
     """
     wanted = (
-        ("decode", 1, 4096, context),
-        ("prefill", chunk, 4096, 8192),
-        ("prefill-32k", 128, 16384, 32768),
-        ("prefill-long", 16, 65536, context),
+        ("decode", (1, 2), (4096, context)),
+        ("prefill", (512, chunk), (4096, 8192)),
+        ("prefill-32k", (512, 128), (16384, 32768)),
+        ("prefill-long", (512, 16), (65536, context)),
     )
     profiles: dict[tuple[int, int], Profile] = {}
-    for name, tokens, usual, slots in wanted:
+    for name, (usual_tokens, tokens), (usual, slots) in wanted:
         longest, most = min(tokens, chunk), min(slots, context)
-        sizes = ((1, min(512, longest), longest), (1, min(usual, most), most))
+        sizes = ((1, min(usual_tokens, longest), longest), (1, min(usual, most), most))
         profiles.setdefault((longest, most), Profile(name=name, tokens=sizes[0], slots=sizes[1]))
     return tuple(profiles.values())
 

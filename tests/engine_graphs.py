@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,25 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from gemma4_export.plugins import compile as compiler
+
 K, N = 1024, 8192  # 8.4 M weights: 4.2 MB as int4, so that what else an engine holds is noise
 BLOCK = 32
 TYPES = {"float16": (TensorProto.FLOAT16, np.float16), "bfloat16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16)}
 T_RANGE = {"prefill": ((1, K), (16, K), (64, K)), "decode": ((1, K), (1, K), (1, K))}
 """Profiles of input ``x``."""
+
+
+_scratch = tempfile.TemporaryDirectory(prefix="gemma4-plugins-")
+
+
+@functools.cache
+def quick_plugins() -> Path:
+    """Our library, for one architecture and hardly optimised: 4 seconds; `make plugins` compiles the real one."""
+    out = Path(_scratch.name) / "libgemma4_plugins.so"
+    quick = ("-O0", "-Xcicc=-O1", "-Xptxas=-O0")
+    compiler.compile_library(out, architectures=("sm_89",), options=quick)
+    return out
 
 
 @dataclass(frozen=True, slots=True)

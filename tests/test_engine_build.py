@@ -85,7 +85,7 @@ def test_weights_stay_as_small_as_they_were_packed(folder: Path, weights: str, r
 
 
 def test_a_second_profile_holds_float_weights_twice_and_int4_once(folder: Path, int4: engine_graphs.Linear) -> None:
-    """Why the decoders of unquantised weights have one profile: the assertion fails the day that this is mended."""
+    """Why no decoder has a profile for exactly one token: the assertion fails the day that this is mended."""
     for linear, copies in ((engine_graphs.linear(folder, weights="float"), 2), (int4, 1)):
         record = build_engine(request_for(linear), folder / "profiles").record
         assert record.weights_bytes == pytest.approx(copies * linear.packed_bytes, rel=0.1)

@@ -20,12 +20,8 @@ pytestmark = pytest.mark.skipif(not HAS_WHEEL, reason="nvcc and TensorRT-RTX: wh
 
 
 @pytest.fixture(scope="module")
-def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, for one architecture and hardly optimised: 4 seconds; `make plugins` compiles the real one."""
-    out = tmp_path_factory.mktemp("plugins") / "libgemma4_plugins.so"
-    quick = ("-O0", "-Xcicc=-O1", "-Xptxas=-O0")
-    compiler.compile_library(out, architectures=("sm_89",), options=quick)
-    return out
+def plugins() -> Path:
+    return engine_graphs.quick_plugins()
 
 
 def request_for(graph: engine_graphs.Linear, plugins: Path, *, experts: int = 16, most: int = 64) -> EngineRequest:

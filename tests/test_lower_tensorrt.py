@@ -205,7 +205,7 @@ def test_groups_are_as_long_as_the_limit_allows(sizes, bounds):
 def test_profiles_bound_tokens_times_slots():
     profiles = {one.name: (one.tokens, one.slots) for one in engine_profiles(chunk=2048, context=131072)}
     assert profiles == {
-        "decode": ((1, 1, 1), (1, 4096, 131072)),
+        "decode": ((1, 1, 2), (1, 4096, 131072)),
         "prefill": ((1, 512, 2048), (1, 4096, 8192)),
         "prefill-32k": ((1, 128, 128), (1, 16384, 32768)),
         "prefill-long": ((1, 16, 16), (1, 65536, 131072)),
