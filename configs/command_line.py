@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from gemma4_export import __version__
 from gemma4_export.configs.errors import ConfigError, Gemma4Error
 
-CHECK_FAILED, MISUSE = 1, 2
+CHECK_FAILED, MISUSE, INTERRUPTED = 1, 2, 130
+EXIT_CODES = {
+    0: "done",
+    CHECK_FAILED: "a check failed or something broke",
+    MISUSE: "an argument or config is wrong",
+    INTERRUPTED: "Ctrl-C",
+}
+_log = logging.getLogger("gemma4_export")
 # What the base install leaves out and gemma4-export needs.
 _EXPORT_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "huggingface_hub")
 
@@ -31,6 +40,7 @@ def run(command: Callable[[], object]) -> None:
     try:
         command()
     except Gemma4Error as error:
+        _log.debug("where this error came from:", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         sys.exit(MISUSE if isinstance(error, ConfigError) else CHECK_FAILED)
     except OSError as error:
@@ -51,9 +61,21 @@ def run(command: Callable[[], object]) -> None:
         sys.exit(CHECK_FAILED)
 
 
+def set_verbosity(level: int) -> None:
+    """How much is told on stderr: from WARNING on no progress, at DEBUG what modules log, and which module it was."""
+    _log.setLevel(level)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    _log.handlers[:] = [handler] if level <= logging.DEBUG else []
+
+
+def shows_progress() -> bool:
+    return _log.level <= logging.INFO
+
+
 # Of these the versions decide what an artifact becomes or how it runs.
 _VERSIONS = (
-    *("gemma4-export", "numpy", "tokenizers", "jinja2", "safetensors", "onnxruntime", "onnxruntime-gpu"),
+    *("numpy", "tokenizers", "jinja2", "safetensors", "onnxruntime", "onnxruntime-gpu"),
     *("onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-cu13", "torch", "onnx", "onnx-ir", "onnxscript"),
 )
 
@@ -62,7 +84,7 @@ def installed_versions() -> dict[str, str]:
     """Distribution -> version of those that are installed and matter, read without importing any."""
     from importlib.metadata import PackageNotFoundError, version  # 20 ms that other commands need not wait for
 
-    found = {}
+    found = {"gemma4-export": __version__}
     for name in _VERSIONS:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,10 +17,13 @@ from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import Manifest
 from gemma4_export.configs.models import ReleasedModel, load_model, released_ids
 from gemma4_export.configs.names import NOT_PACKED_PREFIXES
-from gemma4_export.configs.recipe import load_recipe, recipe_names
+from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.configs.target import Target, check_buildable, load_target
+from gemma4_export.exporter.commands import options
 
-Weights = Literal["model", "dummy"]
+if TYPE_CHECKING:
+    from gemma4_export.exporter.child import Verdict
+
 Activations = Literal["int8", "fp32"]
 Verify = Literal["off", "layers", "full"]
 Engines = Literal["later"]
@@ -26,19 +31,24 @@ Experts = Literal["plugin", "builtin"]
 
 
 def build(
-    target: Annotated[str, typer.Option(help="Where it will run, e.g. cpu.")],
+    target: options.Target,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Checkpoint folder: config.json with *.safetensors, or with one *.gguf.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Released model, e.g. e2b or 26b-a4b-base, or a hub id.")] = None,
-    weights: Annotated[Weights, typer.Option(help="dummy: random weights of --model, for sizes and speed.")] = "model",
-    recipe: Annotated[
-        str, typer.Option(help=f"How weights are stored: {', '.join(recipe_names())}, or FILE.toml.")
-    ] = "bf16",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Released model, e.g. e2b or 26b-a4b-base, or a hub id.", autocompletion=options.complete_model
+        ),
+    ] = None,
+    weights: Annotated[
+        options.Weights, typer.Option(help="dummy: random weights of --model, for sizes and speed.")
+    ] = "model",
+    recipe: options.Recipe = "bf16",
     activations: Annotated[Activations, typer.Option(help="What int4 and int8 matrices are multiplied with.")] = "int8",
-    out: Annotated[Path | None, typer.Option(help="Artifact folder.  [default: gemma4-MODEL-TARGET]")] = None,
-    context: Annotated[int | None, typer.Option(help="Longest sequence in tokens.  [default: the model's]")] = None,
-    chunk: Annotated[int | None, typer.Option(help="Longest prefill step in tokens.  [default: the target's]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Artifact folder.", show_default="gemma4-MODEL-TARGET")] = None,
+    context: options.Context = None,
+    chunk: options.Chunk = None,
     verify: Annotated[
         Verify, typer.Option(help="Hold the artifact to its oracle at once: layer by layer; full: the whole model too.")
     ] = "layers",
@@ -48,6 +58,7 @@ def build(
     experts: Annotated[
         Experts, typer.Option(help="Who computes routed experts in an engine: our plugin, or TensorRT's own ops.")
     ] = "plugin",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object once it is built.")] = False,
 ) -> None:
     """Turn a checkpoint into an artifact folder that gemma4-run runs without torch."""
     # Names are checked before torch is imported: a typo should cost milliseconds.
@@ -72,15 +83,28 @@ def build(
     started = time.monotonic()
     with BuildProgress() as progress:
         manifest = build_requested(request, progress, progress.say)
-    _report(manifest, request.folder, time.monotonic() - started)
-    if verify != "off" and manifest.engines is None and not _verify(request.folder, verify):
+    seconds = time.monotonic() - started
+    if not as_json:
+        _report(manifest, request.folder, seconds)
+    verdict = None
+    if verify != "off" and manifest.engines is None:
+        from gemma4_export.exporter.child import verify_in_child
+
+        verdict = verify_in_child(request.folder, verify)
+        sys.stderr.write(verdict.error)
+    if as_json:
+        print(json.dumps(summary(manifest, request.folder, seconds, verdict), ensure_ascii=False))
+    elif verdict is not None:
+        unverified = f"built, not verified: gemma4-run verify {shlex.quote(str(request.folder))}"
+        print(unverified if verdict.text is None else f"verify {verify}: {verdict.text}")
+    if verdict is not None and not verdict.passed:
         raise typer.Exit(CHECK_FAILED)
-    if manifest.engines is None:
+    if manifest.engines is None and not as_json:
         raw = "" if manifest.model.is_chat else "--raw "
         print(f'next: gemma4-run generate {shlex.quote(str(request.folder))} {raw}--prompt "Hello"')
 
 
-def _origin(checkpoint: Path | None, model: str | None, weights: Weights) -> Path | ReleasedModel | str:
+def _origin(checkpoint: Path | None, model: str | None, weights: options.Weights) -> Path | ReleasedModel | str:
     """Where the weights come from; a hub id stays one when it is none of the released."""
     if (checkpoint is None) == (model is None):
         raise ConfigError("give one of --checkpoint and --model", hint="--checkpoint DIR, or --model e2b to download")
@@ -105,17 +129,25 @@ def _check_engines(target: Target, engines: Engines | None) -> None:
         )
 
 
-def _verify(folder: Path, level: Literal["layers", "full"]) -> bool:
-    """Print the verdict of ``gemma4-run verify``, and say whether it passed."""
-    from gemma4_export.exporter.child import verify_in_child
-
-    verdict = verify_in_child(folder, level)
-    sys.stderr.write(verdict.error)
-    if verdict.text is None:
-        print(f"built, not verified: gemma4-run verify {shlex.quote(str(folder))}")
-    else:
-        print(f"verify {level}: {verdict.text}")
-    return verdict.passed
+def summary(manifest: Manifest, folder: Path, seconds: float, verdict: Verdict | None) -> dict[str, Any]:
+    """What ``--json`` prints: the build by numbers, ``verified`` None where nothing was held to the oracle."""
+    return {
+        "artifact": str(folder),
+        "model": manifest.model.name,
+        "target": manifest.target,
+        "recipe": manifest.recipe,
+        "context": manifest.context,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "kv_bytes": manifest.kv.num_bytes(manifest.context),
+        "seconds": round(seconds, 3),
+        "census": {role: dataclasses.asdict(entry) for role, entry in sorted(manifest.census.items())},
+        "not_packed": len(manifest.not_packed),
+        "engines": []
+        if manifest.engines is None
+        else sorted(group.file for phase in manifest.engines.phases.values() for group in phase),
+        "verified": None if verdict is None else verdict.passed,
+        "verdict": None if verdict is None else verdict.text,
+    }
 
 
 def _report(manifest: Manifest, folder: Path, seconds: float) -> None:

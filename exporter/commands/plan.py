@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from gemma4_export.configs.models import load_model
 from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.configs.target import BUILT_BACKENDS, load_target
+from gemma4_export.exporter.commands import options
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="Released model, e.g. e2b or 26b-a4b-base.")],
-    target: Annotated[str, typer.Option(help="Where it will run, e.g. cpu or rtx4090.")],
-    recipe: Annotated[str, typer.Option(help="How weights are stored.")] = "bf16",
-    weights: Annotated[Literal["model", "dummy"], typer.Option(help="dummy: nothing is downloaded.")] = "model",
-    context: Annotated[int | None, typer.Option(help="Longest sequence in tokens.  [default: the model's]")] = None,
-    chunk: Annotated[int | None, typer.Option(help="Longest prefill step in tokens.  [default: the target's]")] = None,
+    model: Annotated[
+        str,
+        typer.Option(help="Released model, e.g. e2b or 26b-a4b-base.", autocompletion=options.complete_model),
+    ],
+    target: options.Target,
+    recipe: options.Recipe = "bf16",
+    weights: Annotated[options.Weights, typer.Option(help="dummy: nothing is downloaded.")] = "model",
+    context: options.Context = None,
+    chunk: options.Chunk = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Add up weights, KV, memory, disk and the speed limit; refuse what cannot fit and name what does."""
     released, chosen_target, chosen_recipe = load_model(model), load_target(target), load_recipe(recipe)
     from gemma4_export.exporter.plan import Plan, check_fits, make_plan, resolve_plan
 
-    options = resolve_plan(
+    resolved = resolve_plan(
         released, target=chosen_target, recipe=chosen_recipe, dummy=weights == "dummy", context=context, chunk=chunk
     )
-    result: Plan = make_plan(released, options)
+    result: Plan = make_plan(released, resolved)
     if as_json:
         print(json.dumps({**dataclasses.asdict(result), "fits": result.fits}))
     else:
@@ -37,7 +41,7 @@ def plan(
             print(line)
         if chosen_target.built_backend is None:
             print(f"note      this version cannot build for {target} yet, only for {', '.join(BUILT_BACKENDS)}")
-    check_fits(result, released, options)
+    check_fits(result, released, resolved)
 
 
 def _describe(plan: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""Shows a build's progress on stderr: bars on a terminal, one plain line per stage elsewhere."""
+"""Shows a build's progress on stderr: bars on a terminal, one plain line per stage elsewhere, with --quiet nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from gemma4_export.configs.command_line import shows_progress
 from gemma4_export.exporter.build import Stage
 
 _TITLES: dict[Stage, str] = {
@@ -26,7 +27,7 @@ class BuildProgress:
     """A callable for ``build_artifact(on_progress=…)``; a context manager around the build."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=not shows_progress())
         self._bars: Progress | None = None
         self._started: dict[Stage, float] = {}
         self._tasks: dict[Stage, TaskID] = {}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from typing import Annotated
 
 import typer
 
 from gemma4_export.runtime.bench import bench as measure
 from gemma4_export.runtime.commands import options
-from gemma4_export.runtime.commands.screen import show
+from gemma4_export.runtime.commands.screen import say
 
 
 def bench(
@@ -22,9 +21,6 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure load, prefill and decode of an artifact on this machine."""
-
-    def say(line: str) -> None:
-        show(sys.stderr, f"{line}\n")
 
     result = measure(artifact, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, say=say)
     if as_json:

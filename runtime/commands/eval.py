@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ from gemma4_export.configs.command_line import check_output
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.runtime.bars import bars
 from gemma4_export.runtime.commands.options import ArtifactFolder, MaxNewTokens, Threads
-from gemma4_export.runtime.commands.screen import show
+from gemma4_export.runtime.commands.screen import say
 from gemma4_export.runtime.eval import Score, evaluate
 from gemma4_export.runtime.gemma4 import DEFAULT_MAX_NEW_TOKENS, Gemma4
 from gemma4_export.runtime.questions import read_questions
@@ -38,9 +37,6 @@ def evaluate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, wrong replies included.")] = False,
 ) -> None:
     """Ask every question, greedily, and report the share of right answers with its 95 % confidence interval."""
-
-    def say(line: str) -> None:
-        show(sys.stderr, f"{line}\n")
 
     if image is not None:
         if image.suffix != ".svg":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from typing import TextIO
+
+from gemma4_export.configs.command_line import shows_progress
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 # C0 but tab and newline, DEL, C1: a model's words may hold any of them.
@@ -21,3 +24,9 @@ def show(stream: TextIO | None, text: str, *, dim: bool = False) -> None:
             text = f"{_DIM}{text}{_PLAIN}"  # each piece by itself, so that Ctrl-C never leaves a dimmed terminal behind
     stream.write(text)
     stream.flush()
+
+
+def say(line: str) -> None:
+    """A line of progress on stderr; nothing with ``--quiet``."""
+    if shows_progress():
+        show(sys.stderr, f"{line}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,12 +9,12 @@ import typer
 
 from gemma4_export.configs.command_line import CHECK_FAILED, check_output
 from gemma4_export.runtime.commands.options import ArtifactFolder
-from gemma4_export.runtime.commands.screen import show
+from gemma4_export.runtime.commands.screen import say
 
 
 def verify(
     artifact: ArtifactFolder,
-    backend: Annotated[str | None, typer.Option(help="What runs it.  [default: what it was packed for]")] = None,
+    backend: Annotated[str | None, typer.Option(help="What runs it.", show_default="what it was packed for")] = None,
     activations: Annotated[
         Literal["fp32", "int8"], typer.Option(help="int8: report the drift of rounded activations beside.")
     ] = "fp32",
@@ -28,9 +27,6 @@ def verify(
     """Hold an artifact to its oracle: every file's hash, every layer by itself, the head, the whole model."""
     from gemma4_export.runtime.verify import verify as run
     from gemma4_export.runtime.verify_table import html_page, text_lines
-
-    def say(line: str) -> None:
-        show(sys.stderr, f"{line}\n")
 
     if html is not None:
         check_output("--html", html, ".html")
