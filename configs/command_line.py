@@ -77,6 +77,7 @@ def shows_progress() -> bool:
 _VERSIONS = (
     *("numpy", "tokenizers", "jinja2", "safetensors", "onnxruntime", "onnxruntime-gpu"),
     *("onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-cu13", "torch", "onnx", "onnx-ir", "onnxscript"),
+    *("optimum", "polygraphy"),
 )
 
 

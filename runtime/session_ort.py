@@ -29,6 +29,7 @@ def open_graph(
     *,
     num_threads: int | None = None,
     activations: Activations | None = None,
+    is_plain: bool = False,
     log_severity: int = _ERRORS_ONLY,
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` of a graph whose weights lie in files below ``graphs/``.
@@ -37,6 +38,8 @@ def open_graph(
         path: the graph, in ``graphs/`` or a folder below; its external data is mapped and packed by onnxruntime.
         num_threads: None: a thread a core.
         activations: what quantised matrices multiply with; None: as the graph was built.
+        is_plain: node by node as the graph stands, quantised matrices widened to float32 and multiplied as such: no
+            optimisation, no packed weights. The slow twin that the session of a run is held to.
     Raises:
         ArtifactError: onnxruntime is not installed, or does not accept the graph.
     """
@@ -53,6 +56,9 @@ def open_graph(
     # A path would let it look for weights beside the graph only.
     folder = next((parent for parent in path.parents if parent.name == GRAPHS_FOLDER), path.parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if is_plain:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
     graph = path.read_bytes()
     if activations is not None:
         for level in _LEVELS.values():

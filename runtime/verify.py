@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemma4_export.configs.artifact import Artifact
-from gemma4_export.configs.errors import ArtifactError, ConfigError
+from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.evidence import TAP_ROLES, VerifiedRole, bound_of
 from gemma4_export.configs.manifest import MANIFEST_NAME, GraphEntry, Manifest
 from gemma4_export.plugins.common.drift import drift, row_scale
@@ -23,12 +23,14 @@ from gemma4_export.runtime.decoder import Decoder
 from gemma4_export.runtime.memory import available_bytes
 from gemma4_export.runtime.session_ort import Activations, open_graph
 from gemma4_export.runtime.tables import EmbeddingTable
+from gemma4_export.runtime.verify_feeds import check_graphs, head_feeds, head_slices, inputs_feeds, layer_feeds
 from gemma4_export.runtime.verify_oracle import Oracle, open_oracle
 from gemma4_export.runtime.verify_report import Level, Report, TapDrift, WholeModel, device_name
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_BEHIND_THE_ROUTER = ("experts", "ple", "output")
+BEHIND_THE_ROUTER = ("experts", "ple", "output")
+"""Taps that another choice of experts moves."""
 
 
 def verify(
@@ -80,12 +82,8 @@ def verify(
 
 
 def _check_backend(manifest: Manifest, backend: str | None) -> str:
+    check_graphs(manifest)
     packed = sorted({graph.backend for graph in manifest.verify.graphs.values()})
-    if not packed:
-        raise ArtifactError(
-            "no graphs to verify with: this artifact is for engines, which this version cannot verify yet",
-            hint="build the model for --target cpu",
-        )
     if backend is not None and backend not in packed:
         raise ConfigError(
             f"--backend {backend}: this artifact was packed for {', '.join(packed)}", hint=f"--backend {packed[0]}"
@@ -103,15 +101,6 @@ class _Verification:
         self.manifest, self.graphs = artifact.manifest, artifact.manifest.verify.graphs
         self.levels: tuple[Activations, ...] = ("fp32",) if activations == "fp32" else ("fp32", "int8")
         self.prompts, self.tokens = oracle.ids.shape
-        model = self.manifest.model
-        needed = [f"layers.{index}" for index in range(min(model.num_layers, len(self.graphs) + 1))]
-        needed += ["head.0", *(["inputs"] if model.hidden_size_per_layer_input else [])]
-        missing = [name for name in needed if name not in self.graphs]
-        if missing:
-            raise ArtifactError(
-                f"{MANIFEST_NAME}: verify.graphs has no {missing[0]}, the model {model.num_layers} layers",
-                hint="build the artifact again with gemma4-export build",
-            )
 
     def tables(self) -> Iterator[TapDrift]:
         """The rows that the host gathers, and with PLE what the decoder makes of them for each layer."""
@@ -129,7 +118,7 @@ class _Verification:
         merged = self.oracle.tensor("merged_per_layer_inputs", *shape)
         found_merged = self._run_graph(
             self.graphs["inputs"],
-            [{"inputs_embeds": wanted[b : b + 1], "per_layer_inputs": given[b : b + 1]} for b in range(self.prompts)],
+            [inputs_feeds(self.oracle, b) for b in range(self.prompts)],
         )["merged_per_layer_inputs"]
         for layer in range(model.num_layers):
             one = (slice(None), slice(None), layer)
@@ -145,29 +134,25 @@ class _Verification:
         for layer in range(self.manifest.model.num_layers):
             self.say(f"layer {layer + 1} of {self.manifest.model.num_layers}")
             graph = self.graphs[f"layers.{layer}"]
-            found = self._run_graph(graph, [self._layer_feeds(graph, layer, b) for b in range(self.prompts)])
+            feeds = [layer_feeds(self.manifest, self.oracle, layer, b) for b in range(self.prompts)]
+            found = self._run_graph(graph, feeds)
             is_clear = np.ones((self.prompts, self.tokens), bool)
             for tap in graph.outputs:
                 name = f"layers.{layer}.{tap}"
                 wanted, bound = self.oracle.tensor(name, *found[tap][0].shape), self.oracle.bound(name)
-                rows = is_clear if tap in _BEHIND_THE_ROUTER else None
+                rows = is_clear if tap in BEHIND_THE_ROUTER else None
                 yield self._compare(name, layer, TAP_ROLES[tap], found[tap], wanted, bound=bound, rows=rows)
                 if tap == "router":
                     is_clear = clear_routes(wanted, self.manifest.model.top_k_experts, bound)
 
     def head(self) -> Iterator[TapDrift]:
         """Logits of the last rows, vocabulary slice by slice."""
-        model = self.manifest.model
-        wanted = self.oracle.tensor("logits")
-        rows = wanted.shape[1]
-        name = f"layers.{model.num_layers - 1}.output"
-        hidden = self.oracle.tensor(name, self.prompts, self.tokens, model.hidden_size)[:, -rows:]
-        slices = [self.graphs[name] for name in self.graphs if name.startswith("head.")]
-        slices.sort(key=lambda graph: graph.file)
+        wanted, feeds = self.oracle.tensor("logits"), head_feeds(self.manifest, self.oracle)
+        slices = head_slices(self.manifest)
         parts: list[list[Array]] = []
-        for index, graph in enumerate(slices):
+        for index, name in enumerate(slices):
             self.say(f"head, part {index + 1} of {len(slices)}")
-            parts.append(self._run_graph(graph, [{"hidden_states": hidden.reshape(-1, model.hidden_size)}])["logits"])
+            parts.append(self._run_graph(self.graphs[name], [feeds])["logits"])
         found = [np.concatenate(level, axis=-1).reshape(*wanted.shape[:2], -1) for level in zip(*parts, strict=True)]
         wanted = self.oracle.tensor("logits", *found[0].shape)
         yield self._compare("logits", None, "head", found, wanted, bound=self.oracle.bound("logits"))
@@ -190,31 +175,6 @@ class _Verification:
             self.say(f"whole model, {level} activations")
             results.append(run_whole(Decoder(self.artifact, activations=level), self.oracle, level))
         return results
-
-    def _layer_feeds(self, graph: GraphEntry, layer: int, prompt: int) -> dict[str, Array]:
-        """The oracle's inputs of a layer for one prompt, by name."""
-        oracle, manifest, one = self.oracle, self.manifest, slice(prompt, prompt + 1)
-        before = "inputs_embeds" if layer == 0 else f"layers.{layer - 1}.output"
-        ends = np.arange(1, self.tokens + 1, dtype=np.int32)[None]
-        kinds = {cache.layer: cache for cache in manifest.kv.caches}
-        is_sliding, owns_kv = "start" in graph.inputs, "write_index" in graph.inputs
-        kind = "sliding" if is_sliding else "global"
-        # A layer without a cache of its own reads the last one of its kind.
-        donor = layer if owns_kv else max(index for index, cache in kinds.items() if cache.kind == kind)
-        shape = (kinds[donor].num_kv_heads, self.tokens, kinds[donor].head_dim)
-        feeds = {
-            "hidden_states": oracle.tensor(before)[one],
-            "rope": oracle.tensor(f"rope_{kind}"),
-            "write_index": np.zeros(1, np.int64),
-            "start": np.maximum(ends - np.int32(manifest.kv.sliding_window or 0), 0),
-            "end": ends,
-        }
-        if "per_layer_input" in graph.inputs:
-            feeds["per_layer_input"] = oracle.tensor("merged_per_layer_inputs")[one, :, layer]
-        for part in ("key", "value"):
-            full = None if owns_kv else oracle.tensor(f"layers.{donor}.{part}", self.prompts, *shape)[one]
-            feeds[f"past_{part}"] = np.zeros((1, *shape), np.float32) if full is None else full
-        return {name: np.ascontiguousarray(feeds[name]) for name in graph.inputs}
 
     def _run_graph(self, graph: GraphEntry, feeds: Sequence[dict[str, Array]]) -> dict[str, list[Array]]:
         """Output -> its values with each kind of activations, prompts joined along the first axis."""

@@ -13,6 +13,8 @@ from typing import Literal
 from gemma4_export.configs.evidence import REPORTS_FOLDER, VerifiedRole
 
 Level = Literal["layers", "full"]
+Against = Literal["onnxruntime", "tensorrt"]
+"""Another runner that the same graphs are compared with; its report is in ``polygraphy_report.py``."""
 FORMAT = 1
 
 
@@ -109,7 +111,7 @@ class Report:
         """Everything, with ``passed``, ``verdict`` and ``first_outside`` spelt out; drifts that are inf become null."""
         values = {"format": FORMAT, "passed": self.passed, "verdict": self.verdict, **dataclasses.asdict(self)}
         values["first_outside"] = None if self.first_outside is None else self.first_outside.name
-        return json.dumps(_finite(values), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(finite(values), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
     def save(self, artifact: Path) -> Path:
         """Write ``verify/<device>.json`` into the artifact: one report per backend and device, the newest."""
@@ -119,11 +121,11 @@ class Report:
         return path
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if value == float("inf") else value
 
 

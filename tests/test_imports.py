@@ -39,6 +39,8 @@ def allowed(path: Path) -> tuple[set[str], set[str]]:
     rooms, packages = ROOMS[room]
     if "commands" in path.parts:
         packages = packages | COMMANDS
+    if room == "runtime" and path.name.startswith("polygraphy_"):
+        packages = packages | {"polygraphy"}
     if room == "plugins" and path.name.endswith(TORCH_SUFFIXES):
         packages = packages | TORCH
     return rooms | {room}, packages
@@ -115,7 +117,7 @@ def test_runtime_reaches_no_torch_op_of_a_plugin() -> None:
 # A fresh interpreter
 
 
-NEVER = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes"}
+NEVER = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "polygraphy"}
 LATER = {"onnxruntime", "PIL", "typer", "rich", "tokenizers", "jinja2", "safetensors", "huggingface_hub"}
 
 

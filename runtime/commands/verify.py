@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,7 @@ import typer
 from gemma4_export.configs.command_line import CHECK_FAILED, check_output
 from gemma4_export.runtime.commands.options import ArtifactFolder
 from gemma4_export.runtime.commands.screen import say
+from gemma4_export.runtime.verify_report import Against, Report
 
 
 def verify(
@@ -23,6 +25,9 @@ def verify(
     ] = "full",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the report as an HTML page.")] = None,
+    against: Annotated[
+        Against | None, typer.Option(help="Compare each layer with this runner too, through polygraphy.")
+    ] = None,
 ) -> None:
     """Hold an artifact to its oracle: every file's hash, every layer by itself, the head, the whole model."""
     from gemma4_export.runtime.verify import verify as run
@@ -30,13 +35,36 @@ def verify(
 
     if html is not None:
         check_output("--html", html, ".html")
+    if against is not None:
+        from gemma4_export.runtime.polygraphy_runners import check_against
+
+        check_against(against)
     report = run(artifact, backend=backend, activations=activations, level=level, say=say)
     # shown before it is saved: a folder that cannot be written must not cost what was found
-    print(report.to_json() if as_json else "\n".join([*text_lines(report), ""]), end="", flush=True)
+    if not as_json or against is None:
+        print(report.to_json() if as_json else "\n".join([*text_lines(report), ""]), end="", flush=True)
     if html is not None:
         html.write_text(html_page(report), encoding="utf-8")
     path = report.save(artifact)
     if not as_json:
         print(f"report: {path}" + ("" if html is None else f", {html}"))
-    if not report.passed:
+    agrees = against is None or _compare(artifact, against, report, as_json=as_json)
+    if not (report.passed and agrees):
         raise typer.Exit(CHECK_FAILED)
+
+
+def _compare(artifact: Path, against: Against, report: Report, *, as_json: bool) -> bool:
+    """Compare with another runner, show it (as JSON inside ``report``'s own object), keep its report."""
+    from gemma4_export.runtime.polygraphy_report import text_lines
+    from gemma4_export.runtime.polygraphy_verify import verify_against
+
+    other = verify_against(artifact, against, say=say)
+    if as_json:
+        both = {**json.loads(report.to_json()), "against": json.loads(other.to_json())}
+        print(json.dumps(both, indent=1, sort_keys=True, ensure_ascii=False), flush=True)
+    else:
+        print("\n".join(text_lines(other)), flush=True)
+    path = other.save(artifact)
+    if not as_json:
+        print(f"report: {path}")
+    return other.passed
