@@ -15,6 +15,7 @@ from gemma4_export.configs.target import RUN_BACKEND, load_target, target_names
 from gemma4_export.runtime.doctor_facts import Driver, Facts, Gpu, Onnxruntime
 from gemma4_export.runtime.engine.module import check_tensorrt_version
 from gemma4_export.runtime.engine.plugins import CONTRACTS
+from gemma4_export.runtime.memory import size
 
 Level = Literal["ok", "warning", "problem"]
 OLDEST_ONNXRUNTIME = "1.31.1"
@@ -64,11 +65,6 @@ def machine_findings(facts: Facts) -> list[Finding]:
         _nvcc(facts),
         *(Finding(level="warning", what="doctor", found=f"could not read {each.cause}") for each in facts.unread),
     ]
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that shows three digits of them."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def packages_finding(facts: Facts) -> Finding:

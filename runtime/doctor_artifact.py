@@ -24,12 +24,11 @@ from gemma4_export.runtime.doctor import (
     onnxruntime_finding,
     packages_finding,
     plugin_finding,
-    size,
 )
 from gemma4_export.runtime.doctor_facts import Disk, Facts, Failure
 from gemma4_export.runtime.doctor_probe import read_disk
 from gemma4_export.runtime.engine.build import build_memory
-from gemma4_export.runtime.memory import weights_bytes
+from gemma4_export.runtime.memory import size, weights_bytes
 
 _REPORT_BYTES = 1_000_000
 """Room for a report of ``verify``; they take up to 100 kB."""

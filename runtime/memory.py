@@ -27,7 +27,7 @@ def check_memory(manifest: Manifest, max_memory_bytes: int | None) -> None:
         left = available_bytes()
         if left is not None and weights > left:
             raise ArtifactError(
-                f"{manifest.model.name}: weights of {_size(weights)} in memory, {_size(left)} are left on this machine",
+                f"{manifest.model.name}: weights of {size(weights)} in memory, {size(left)} are left on this machine",
                 hint="close another model, or build with a smaller recipe: --recipe int4",
             )
         return
@@ -36,8 +36,8 @@ def check_memory(manifest: Manifest, max_memory_bytes: int | None) -> None:
     needed = weights + kv + PROCESS_BYTES
     if needed > max_memory_bytes:
         raise ArtifactError(
-            f"{manifest.model.name}: needs {_size(needed)} (weights {_size(weights)}, KV of {manifest.context} tokens "
-            f"{_size(kv)}, process {_size(PROCESS_BYTES)}), max_memory_bytes is {_size(max_memory_bytes)}",
+            f"{manifest.model.name}: needs {size(needed)} (weights {size(weights)}, KV of {manifest.context} tokens "
+            f"{size(kv)}, process {size(PROCESS_BYTES)}), max_memory_bytes is {size(max_memory_bytes)}",
             hint="raise max_memory_bytes, or build with a smaller --context or --recipe int4",
         )
 
@@ -111,6 +111,6 @@ def _limit(group: Path) -> Container | None:
     return None
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
     """Three digits or so: a cap of a megabyte is not 0.00 GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count} bytes"

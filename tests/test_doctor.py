@@ -358,7 +358,7 @@ def test_memory_is_judged_as_a_load_judges_it(manifest: Manifest) -> None:
     weights = memory_module.weights_bytes(manifest)
     (short,) = wrong(about(manifest), memory_of(CPU, weights - 1))
     assert (short.level, short.what, short.mend) == ("problem", "memory", "gemma4-export build --recipe int4 …")
-    assert short.found.endswith(f"{(weights - 1) / 1e6:.2f} MB can be had, less than the weights")
+    assert short.found.endswith(f"; {memory_module.size(weights - 1)} can be had, less than the weights")
     (short,) = wrong(about(replace(manifest, recipe="int4")), memory_of(CPU, weights - 1))
     assert short.mend == "close what else runs"
     # Weights, process and the caches of 20 tokens: the load passes, its last tokens would not.
