@@ -7,9 +7,11 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from gemma4_export import __version__
 from gemma4_export.configs.errors import ConfigError, Gemma4Error
+from gemma4_export.configs.output import written_output
 
 CHECK_FAILED, MISUSE, INTERRUPTED = 1, 2, 130
 EXIT_CODES = {
@@ -38,27 +40,28 @@ def check_output(option: str, path: Path, suffix: str) -> None:
 def run(command: Callable[[], object]) -> None:
     """Run a command line and turn errors that are somebody's input into two lines on stderr and an exit code."""
     try:
-        command()
+        with written_output():
+            command()
     except Gemma4Error as error:
         _log.debug("where this error came from:", exc_info=True)
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(MISUSE if isinstance(error, ConfigError) else CHECK_FAILED)
+        _end(str(error), MISUSE if isinstance(error, ConfigError) else CHECK_FAILED)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
-        sys.exit(CHECK_FAILED)
+        _end((f"{error.filename}: " if error.filename else "") + (error.strerror or str(error)), CHECK_FAILED)
     except MemoryError as error:
-        sys.stderr.write(f"error: out of memory {error}\nhint: give a smaller --context or recipe\n")
-        sys.exit(CHECK_FAILED)
+        _end(f"out of memory {error}\nhint: give a smaller --context or recipe", CHECK_FAILED)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in _EXPORT_PACKAGES:
             raise
-        sys.stderr.write(f'error: {package} is not installed\nhint: pip install "gemma4-export[export,cpu]"\n')
-        sys.exit(MISUSE)
+        _end(f'{package} is not installed\nhint: pip install "gemma4-export[export,cpu]"', MISUSE)
     except UnicodeEncodeError as error:
-        sys.stderr.write(f"error: the terminal's encoding {error.encoding} lacks a character\nhint: PYTHONUTF8=1\n")
-        sys.exit(CHECK_FAILED)
+        _end(f"the terminal's encoding {error.encoding} lacks a character\nhint: PYTHONUTF8=1", CHECK_FAILED)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    if sys.stderr is not None:  # closed: the exit code says it alone
+        sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)
 
 
 def set_verbosity(level: int) -> None:

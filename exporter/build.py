@@ -34,6 +34,7 @@ from gemma4_export.configs.manifest import (
     VerifyEntry,
 )
 from gemma4_export.configs.model import ModelConfig, RopeConfig
+from gemma4_export.configs.output import naming
 from gemma4_export.configs.recipe import Recipe
 from gemma4_export.configs.target import FloatType, Target, check_buildable
 from gemma4_export.exporter.engine_graphs import EngineTarget, Experts, write_engine_graphs
@@ -209,7 +210,8 @@ def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_pr
             sources=sources,
             verify_graphs=verify_graphs,
         )
-        (work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        with naming(work / MANIFEST_NAME):
+            (work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         on_progress("package", "done", 1, 1)
     return manifest
 
@@ -220,7 +222,9 @@ def _write_graphs(
     """Lower and write what the target's backend loads or compiles. ``traced`` may be consumed."""
     backend, target = options.target.built_backend, options.target
     if backend == "ort-cpu":
-        ir.save(lower_ort_cpu(traced, placement, activations=options.activations), work / DECODER_FILE)
+        lowered = lower_ort_cpu(traced, placement, activations=options.activations)
+        with naming(work / DECODER_FILE):
+            ir.save(lowered, work / DECODER_FILE)
         inputs, outputs = names.decoder_inputs(config), names.decoder_outputs(config)
         return {"decoder": GraphEntry(file=DECODER_FILE, backend=backend, inputs=inputs, outputs=outputs)}, None
     assert backend is not None, f"{target.name}: check_buildable let it through"

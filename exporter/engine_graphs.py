@@ -11,6 +11,7 @@ import onnx_ir as ir
 from gemma4_export.configs.evidence import GRAPHS_FOLDER
 from gemma4_export.configs.manifest import EnginesEntry, GroupEntry, KVLayout
 from gemma4_export.configs.model import ModelConfig
+from gemma4_export.configs.output import naming
 from gemma4_export.configs.target import EngineBackend, FloatType, Profile, engine_profiles
 from gemma4_export.exporter.lower_tensorrt import EngineOptions, lower_tensorrt
 from gemma4_export.exporter.passes.trt_moe import ExpertsForm
@@ -81,7 +82,8 @@ def _phases(
 
 def _write(group: Group, name: str, profiles: tuple[Profile, ...], folder: Path) -> GroupEntry:
     file = f"{GRAPHS_FOLDER}/{name}.onnx"
-    ir.save(group.model, folder / file)
+    with naming(folder / file):
+        ir.save(group.model, folder / file)
     inputs = {str(value.name): value for value in group.model.graph.inputs}
     return GroupEntry(
         file=file,

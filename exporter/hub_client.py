@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma4_export.configs.errors import CheckpointError, ConfigError, Gemma4Error
+from gemma4_export.configs.output import naming
 from gemma4_export.exporter.hub_cache import COMMIT, HubFile, ModelCache, hash_into, mismatch
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def transfer(hub_id: str, commit: str, file: HubFile, partial: Path, advance: Ca
                         advance(-start)
                         hasher, start, done = file.hasher(), 0, 0
                     for piece in response.iter_bytes():
-                        out.write(piece)
+                        with naming(partial):
+                            out.write(piece)
                         hasher.update(piece)
                         done += len(piece)
                         advance(len(piece))

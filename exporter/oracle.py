@@ -20,6 +20,7 @@ from torch import Tensor
 from gemma4_export.configs.evidence import IDENTITY_KEY, ORACLE_FILE, layer_taps
 from gemma4_export.configs.model import LayerConfig, ModelConfig, RopeConfig
 from gemma4_export.configs.names import EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, decoder_tensors
+from gemma4_export.configs.output import naming
 from gemma4_export.exporter.models.probe import LayerProbe
 from gemma4_export.exporter.models.text import Decoder
 from gemma4_export.exporter.stored_weights import StoredWeights, streamed
@@ -89,7 +90,8 @@ def record_oracle(
         tensors = _Oracle(config, StoredWeights(folder, placement)).record(ids, on_layer)
     arrays = {name: value.contiguous().numpy() for name, value in tensors.items()}
     # Not save_file: it makes a file that only its owner can read, whatever the umask.
-    (folder / ORACLE_FILE).write_bytes(save(arrays, metadata={IDENTITY_KEY: identity}))
+    with naming(folder / ORACLE_FILE):
+        (folder / ORACLE_FILE).write_bytes(save(arrays, metadata={IDENTITY_KEY: identity}))
 
 
 class _Oracle:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_export.configs.errors import ConfigError
+from gemma4_export.configs.output import naming
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _REQUIRED = ("tokenizer.json", "generation_config.json")
@@ -29,7 +30,8 @@ def copy_tokenizer(checkpoint: Path, folder: Path, *, vocab_size: int) -> None:
     for name in (*_REQUIRED, *_OPTIONAL):
         source = checkpoint / name
         if source.is_file():
-            shutil.copyfile(source, folder / name)
+            with naming(folder / name):
+                shutil.copyfile(source, folder / name)
         elif name in _REQUIRED:
             raise ConfigError(f"{checkpoint}: no {name}", hint="download it from the model's page into the same folder")
     highest = _highest_id(folder / "tokenizer.json")

@@ -16,6 +16,7 @@ from gemma4_export.configs.evidence import VERIFY_GRAPHS_FOLDER
 from gemma4_export.configs.manifest import GraphEntry
 from gemma4_export.configs.model import LayerConfig, ModelConfig
 from gemma4_export.configs.names import LM_HEAD
+from gemma4_export.configs.output import naming
 from gemma4_export.configs.target import RUN_BACKEND
 from gemma4_export.exporter.lower import lower_ort_cpu
 from gemma4_export.exporter.trace import trace_head, trace_layer, trace_per_layer_inputs
@@ -32,7 +33,8 @@ def write_verify_graphs(config: ModelConfig, placement: Placement, folder: Path)
     def write(name: str, file: str, traced: ir.Model, where: Placement) -> None:
         model = lower_ort_cpu(traced, where, activations="fp32")
         path = f"{VERIFY_GRAPHS_FOLDER}/{file}.onnx"
-        ir.save(model, folder / path)
+        with naming(folder / path):
+            ir.save(model, folder / path)
         entries[name] = GraphEntry(
             file=path,
             backend=RUN_BACKEND,

@@ -26,6 +26,7 @@ from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.configs.manifest import FileEntry
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.names import TensorSpec
+from gemma4_export.configs.output import naming
 from gemma4_export.exporter.packing import matmul_scales, offset_codes
 from gemma4_export.exporter.quantize import Float32, QuantizedRows, check_finite, dequantize, quantize
 from gemma4_export.exporter.weights import WEIGHTS_FOLDER, PlacedWeight, Placement, StoredWeight
@@ -294,6 +295,7 @@ class _HashedFile:
                 done += os.pwrite(self._file.fileno(), buffer[done:], self.num_bytes + done)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                error.filename = str(self.path)
                 raise
             raise Gemma4Error(
                 f"{self.path}: the disk is full, {(self.num_bytes + done) / 1e9:.2f} GB of this file are written",
@@ -343,14 +345,15 @@ class _Journal:
                     self.entries[entry["name"]] = _Finished(int(entry["end"]), str(entry["sha256"]), stats)
         except (ValueError, KeyError, TypeError):
             self.entries = {}
-        if not self.entries:
-            path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
-        elif not path.read_bytes().endswith(b"\n"):
-            path.write_bytes(b"\n".join(lines) + b"\n")
+        with naming(path):
+            if not self.entries:
+                path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+            elif not path.read_bytes().endswith(b"\n"):
+                path.write_bytes(b"\n".join(lines) + b"\n")
 
     def add(self, name: str, file: _HashedFile, stats: WeightStats) -> None:
         entry = {"name": name, "end": file.num_bytes, "sha256": file.hash.hexdigest(), "stats": asdict(stats)}
-        with self.path.open("ab") as journal:
+        with naming(self.path), self.path.open("ab") as journal:
             journal.write(json.dumps(entry).encode() + b"\n")
 
 

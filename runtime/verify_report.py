@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from gemma4_export.configs.evidence import REPORTS_FOLDER, VerifiedRole
+from gemma4_export.configs.output import naming
 
 Level = Literal["layers", "full"]
 Against = Literal["onnxruntime", "tensorrt"]
@@ -117,7 +118,8 @@ class Report:
         """Write ``verify/<device>.json`` into the artifact: one report per backend and device, the newest."""
         path = artifact / REPORTS_FOLDER / f"{slug(f'{self.backend} {self.device}')}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
+        with naming(path):
+            path.write_text(self.to_json(), encoding="utf-8")
         return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_tokenizer_files_that_would_not_load_do_not_build(name: str, content: st
     assert cause in caught.value.cause
     assert caught.value.hint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_a_file_that_may_not_grow_is_named(tmp_path: Path) -> None:
+    """``ulimit -f``: the system refuses a write, and Python does not say of which file."""
+    whole, before = build(tiny.checkpoint("31b"), tmp_path / "whole"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for file in ("tokenizer/tokenizer.json", "graphs/decoder.onnx", "graphs/weights/decoder.bin"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((whole / file).stat().st_size - 1, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as refused:
+                build(tiny.checkpoint("31b"), tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert refused.value.filename == str(tmp_path / "out.partial" / file)
 
 
 def test_threads_with_caches_of_their_own_get_their_own_answers() -> None:

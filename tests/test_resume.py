@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 import small
 
+from gemma4_export.configs import output
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ArtifactError, CheckpointError, ConfigError, Gemma4Error
 from gemma4_export.configs.formats import INT8
@@ -634,6 +635,12 @@ def test_a_disk_that_fills_up_keeps_what_is_written(source, undisturbed, tmp_pat
         small.build_artifact(source, out)
     assert len(first) + len(rest) == len(source.specs) + 1  # the one that did not fit is written twice
     assert small.files_of(out) == undisturbed
+
+
+def test_a_write_that_fails_names_the_file_and_no_other(tmp_path):
+    with pytest.raises(OSError, match="No space left") as full, output.naming(tmp_path / "report.html"):
+        shutil.copyfile(__file__, "/dev/full")
+    assert (full.value.filename, full.value.filename2) == (str(tmp_path / "report.html"), None)
 
 
 @pytest.mark.parametrize("owner", [package, build], ids=["while hashing", "for the manifest"])

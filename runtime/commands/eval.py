@@ -12,6 +12,7 @@ import typer
 
 from gemma4_export.configs.command_line import check_output
 from gemma4_export.configs.errors import ConfigError
+from gemma4_export.configs.output import naming
 from gemma4_export.runtime.bars import bars
 from gemma4_export.runtime.commands.options import ArtifactFolder, MaxNewTokens, Threads
 from gemma4_export.runtime.commands.screen import say
@@ -48,7 +49,8 @@ def evaluate_command(
         scores = evaluate(model, asked, thinking=thinking.value, limit=limit, max_new_tokens=max_new_tokens, say=say)
     title = f"{artifact.resolve().name} ({manifest.recipe})"
     if image is not None:
-        image.write_text(bars(title, scores), encoding="utf-8")
+        with naming(image):
+            image.write_text(bars(title, scores), encoding="utf-8")
     if as_json:
         head = {"artifact": artifact.resolve().name, "recipe": manifest.recipe, "activations": manifest.activations}
         print(json.dumps(head | {"scores": [dataclasses.asdict(score) for score in scores]}, ensure_ascii=False))

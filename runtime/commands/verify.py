@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from gemma4_export.configs.command_line import CHECK_FAILED, check_output
+from gemma4_export.configs.output import naming
 from gemma4_export.runtime.commands.options import ArtifactFolder
 from gemma4_export.runtime.commands.screen import say
 from gemma4_export.runtime.verify_report import Against, Report
@@ -44,7 +45,8 @@ def verify(
     if not as_json or against is None:
         print(report.to_json() if as_json else "\n".join([*text_lines(report), ""]), end="", flush=True)
     if html is not None:
-        html.write_text(html_page(report), encoding="utf-8")
+        with naming(html):
+            html.write_text(html_page(report), encoding="utf-8")
     path = report.save(artifact)
     if not as_json:
         print(f"report: {path}" + ("" if html is None else f", {html}"))
