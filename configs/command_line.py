@@ -1,4 +1,4 @@
-"""How every command of ours ends: exit 0 done, 1 a check failed, 2 misuse; a cause and a hint, never a traceback."""
+"""How every command of ours ends: exit 0 done, 1 a check failed, 2 misuse, 3 left out; cause and hint, no traceback."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from gemma4_export import __version__
 from gemma4_export.configs.errors import ConfigError, Gemma4Error
 from gemma4_export.configs.output import written_output
 
-CHECK_FAILED, MISUSE, INTERRUPTED = 1, 2, 130
+CHECK_FAILED, MISUSE, SKIPPED, INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = {
     0: "done",
     CHECK_FAILED: "a check failed or something broke",
     MISUSE: "an argument or config is wrong",
+    SKIPPED: "an artifact of a matrix does not fit its target",
     INTERRUPTED: "Ctrl-C",
 }
 _log = logging.getLogger("gemma4_export")

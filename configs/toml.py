@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,32 @@ def check_keys(values: Mapping[str, Any], required: set[str], optional: set[str]
     missing = sorted(required - set(values))
     if missing:
         raise ConfigError(f"{where}: key {missing[0]!r} is missing", hint=f"add {missing[0]} = …")
+
+
+def value_at(values: Any, keys: Sequence[str | int]) -> Any:
+    """What stands at a path of table keys and list indices; None: nothing."""
+    for key in keys:
+        try:
+            values = values[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return values
+
+
+def line_of(text: str, keys: Sequence[str | int]) -> int | None:
+    """The line of a TOML text that spells the string, or else the last key, of ``keys``; None: it spells it otherwise.
+
+    tomllib keeps no positions. Each place that could be meant is changed in turn, and the text is parsed again: it is
+    the one where the string gets longer, or where nothing is left under the old key.
+    """
+    value = value_at(tomllib.loads(text), keys)
+    names = [key for key in keys if isinstance(key, str)]
+    spelt, expected = (value, f"{value}0") if isinstance(value, str) else (names[-1] if names else None, None)
+    for found in re.finditer(re.escape(spelt), text) if spelt and value is not None else ():
+        try:
+            changed = tomllib.loads(f"{text[: found.end()]}0{text[found.end() :]}")
+        except tomllib.TOMLDecodeError:
+            continue  # a place between two values
+        if value_at(changed, keys) == expected:
+            return text.count("\n", 0, found.start()) + 1
+    return None

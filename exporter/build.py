@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -47,6 +46,7 @@ from gemma4_export.exporter.split_groups import MAX_GROUP_BYTES
 from gemma4_export.exporter.tokenizer_files import CHAT_TEMPLATE
 from gemma4_export.exporter.trace import trace_decoder
 from gemma4_export.exporter.verify_graphs import write_verify_graphs
+from gemma4_export.exporter.versions import package_versions
 from gemma4_export.exporter.weights import Packing, PlacedWeight, Placement, place_weights
 from gemma4_export.exporter.write import (
     WeightSource,
@@ -291,7 +291,7 @@ def _manifest(
             load_peak_bytes=load_peak_bytes(placement, is_cpu=engines is None),
         ),
         not_packed=list(source.not_packed),
-        versions=_versions(),
+        versions=package_versions(),
         sources=sources,
         files=files,
     )
@@ -362,11 +362,6 @@ def census(placement: Placement, written: Written) -> dict[str, CensusEntry]:
     }
 
 
-def _versions() -> dict[str, str]:
-    packages = ("torch", "onnx", "onnx-ir", "onnxscript", "gemma4-export")
-    return {name: importlib.metadata.version(name) for name in packages}
-
-
 def _build_key(options: BuildOptions, weight_paths: Sequence[Path], sources: dict[str, FileEntry]) -> str:
     """Names everything that decides the bytes of the weight files.
 
@@ -380,6 +375,6 @@ def _build_key(options: BuildOptions, weight_paths: Sequence[Path], sources: dic
         options.has_engines,
         {name: asdict(entry) for name, entry in sources.items()},
         changed,
-        _versions(),
+        package_versions(),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

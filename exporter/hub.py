@@ -99,6 +99,17 @@ def download(
     return Downloaded(folder=folders[-1], companions=folders[0])
 
 
+def current_commit(hub_id: str) -> str:
+    """The commit that a download of ``hub_id`` would bring: one small request; without a connection the cached one.
+
+    Raises:
+        ConfigError: no such model, or the hub wants a login.
+        CheckpointError: the hub is out of reach, and nothing is cached.
+    """
+    with _disk_errors(hub_id):
+        return _open(hub_id, "main").commit
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Snapshot:
     """One commit of one model. ``unreachable`` says why only the cache can be used; None: the hub can be asked."""

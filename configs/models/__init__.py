@@ -90,6 +90,11 @@ def released_ids() -> list[str]:
     return [model.hub_id.lower() for model in _released()]
 
 
+def is_other(model: str) -> bool:
+    """A hub id beside the released ones: a fine-tune or a quantised one, named as the hub names it."""
+    return "/" in model and model.lower() not in released_ids()
+
+
 def other_checkpoint(hub_id: str, recipe: Recipe) -> HubCheckpoint:
     """A repository beside the released ones (a fine-tune, a quantised one) for ``recipe``."""
     note = f"{recipe.name}: no quantisation-aware checkpoint of {hub_id} is known; what is not 4-bit yet is rounded"

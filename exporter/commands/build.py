@@ -15,7 +15,7 @@ import typer
 from gemma4_export.configs.command_line import CHECK_FAILED
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import Manifest
-from gemma4_export.configs.models import ReleasedModel, load_model, released_ids
+from gemma4_export.configs.models import ReleasedModel, is_other, load_model
 from gemma4_export.configs.names import NOT_PACKED_PREFIXES
 from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.configs.target import Target, check_buildable, load_target
@@ -113,8 +113,7 @@ def _origin(checkpoint: Path | None, model: str | None, weights: options.Weights
             raise ConfigError("--weights dummy needs --model, the size to draw", hint="--model e2b --weights dummy")
         return checkpoint
     assert model is not None
-    is_other = "/" in model and model.lower() not in released_ids()
-    return model if is_other else load_model(model)
+    return model if is_other(model) else load_model(model)
 
 
 def _check_engines(target: Target, engines: Engines | None) -> None:
