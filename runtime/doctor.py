@@ -212,7 +212,7 @@ def onnxruntime_finding(found: Onnxruntime) -> Finding:
     if numbers(found.version) < numbers(OLDEST_ONNXRUNTIME):
         name = next(iter(found.distributions), "onnxruntime")
         text = f"{packages or found.version}: older than {OLDEST_ONNXRUNTIME}, the oldest that is tested"
-        return finding("problem", text, f'pip install --upgrade "{name}>={OLDEST_ONNXRUNTIME}"')
+        return finding("warning", text, f'pip install --upgrade "{name}>={OLDEST_ONNXRUNTIME}"')
     return finding("ok", f"{packages or found.version}: {', '.join(found.providers)}")
 
 

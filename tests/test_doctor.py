@@ -6,7 +6,7 @@ import json
 import tomllib
 import types
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,7 +24,8 @@ from gemma4_export.runtime.doctor_facts import Disk, Facts, Failure, Gpu, Librar
 from gemma4_export.runtime.engine.build import build_memory
 
 RECORDED = sorted((Path(__file__).parent / "doctor").glob("*.json"))
-"""What ``gemma4-run doctor --json`` printed on machines of ours."""
+"""What ``gemma4-run doctor --json`` said on machines of ours: two cores without a GPU; an H200; the same with its GPU
+hidden from the process."""
 
 
 def parsed(kind: Any, value: Any) -> Any:
@@ -76,6 +77,21 @@ def test_recorded_machines_are_judged_as_they_were(path: Path) -> None:
     assert [asdict(finding) for finding in findings] == values["machine"]
 
 
+def test_an_h200_is_one_that_tensorrt_engines_are_for(manifest: Manifest) -> None:
+    h200 = parsed(Facts, recorded("h200")["facts"])
+    (gpu,) = h200.driver.gpus
+    assert (gpu.name, gpu.compute_capability, h200.driver.version) == ("NVIDIA H200", "9.0", "580.159.04")
+    trt = about(engines(manifest, "tensorrt", "9.0", num_experts=8))
+    assert problems(trt, h200) == {
+        **RUNS_NOT,
+        "builder": INSTALL_TENSORRT,
+        "plugins": "python -m gemma4_export.plugins.compile",
+    }
+    assert of(artifact_findings(trt, h200), "device")[0].level == "ok"
+    (backend,) = wrong(about(manifest), h200)
+    assert (backend.level, backend.mend) == ("warning", 'pip install --upgrade "onnxruntime>=1.31.1"')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Broken machines
 
@@ -108,7 +124,7 @@ BROKEN: dict[str, tuple[Breaks, str, str, str, str | None]] = {
             facts, onnxruntime=replace(facts.onnxruntime, distributions={"onnxruntime-gpu": "1.9.0"}, version="1.9.0")
         ),
         "onnxruntime",
-        "problem",
+        "warning",
         "onnxruntime-gpu 1.9.0: older than 1.31.1, the oldest that is tested",
         'pip install --upgrade "onnxruntime-gpu>=1.31.1"',
     ),
@@ -428,6 +444,11 @@ def test_what_else_keeps_an_artifact_from_running(manifest: Manifest) -> None:
 WEIGHTS = 1_400_000_000
 
 
+def filled(kind: Any, **values: object) -> Any:
+    """A dataclass in which nothing else is said."""
+    return kind(**{field.name: None for field in fields(kind)} | values)
+
+
 def engines(
     manifest: Manifest,
     backend: Literal["tensorrt", "tensorrt-rtx"],
@@ -436,10 +457,11 @@ def engines(
     num_experts: int = 0,
 ) -> Manifest:
     groups = [
-        GroupEntry(file="g.onnx", first=i, last=i, weight_bytes=WEIGHTS, inputs=[], outputs=[], profiles={})
+        filled(GroupEntry, file="g.onnx", first=i, last=i, weight_bytes=WEIGHTS, inputs=[], outputs=[], profiles={})
         for i in range(3)
     ]
-    entry = EnginesEntry(
+    entry = filled(
+        EnginesEntry,
         backend=backend,
         compute_capability=compute_capability,
         float_type="bfloat16",
