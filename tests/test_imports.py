@@ -41,6 +41,8 @@ def allowed(path: Path) -> tuple[set[str], set[str]]:
         packages = packages | COMMANDS
     if room == "runtime" and path.name.startswith("polygraphy_"):
         packages = packages | {"polygraphy"}
+    if path.name == "optimum_command.py":
+        packages = packages | COMMANDS | {"optimum"}
     if room == "plugins" and path.name.endswith(TORCH_SUFFIXES):
         packages = packages | TORCH
     return rooms | {room}, packages
