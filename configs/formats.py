@@ -7,7 +7,7 @@ from typing import Literal
 
 from gemma4_export.configs.errors import ConfigError, nearest
 
-Kind = Literal["float32", "bfloat16", "int8", "int4"]
+Kind = Literal["float32", "bfloat16", "fp8", "int8", "int4"]
 _INT8_MULTIPLE = 16  # onnxruntime's smallest block, which a row with one scale is cut into
 BLOCKS = (32, 64, 128)
 """Weights along K that can share one scale."""
@@ -18,7 +18,8 @@ class WeightFormat:
     """How a matrix [N, K] is stored.
 
     ``int8``: signed codes -128…127. ``int4``: signed codes -8…7, low nibble first. One scale per ``block`` weights
-    along K; ``int8`` without a block has one scale per row. A weight is its code times its scale; no zero points.
+    along K; ``int8`` without a block has one scale per row. ``fp8``: floats of 4 exponent and 3 mantissa bits (E4M3FN,
+    up to 448), one scale per row. A weight is its code times its scale; no zero points.
     """
 
     kind: Kind
@@ -29,12 +30,12 @@ class WeightFormat:
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat:
-        """``float32``, ``bfloat16``, ``int8``, ``int8/BLOCK`` or ``int4/BLOCK``.
+        """``float32``, ``bfloat16``, ``fp8``, ``int8``, ``int8/BLOCK`` or ``int4/BLOCK``.
 
         Raises:
             ConfigError: it is none of these.
         """
-        known = {str(form): form for form in (cls("float32"), cls("bfloat16"), cls("int8"))}
+        known = {str(form): form for form in (cls("float32"), cls("bfloat16"), cls("fp8"), cls("int8"))}
         known |= {str(form): form for form in (cls(kind, size) for kind in ("int4", "int8") for size in BLOCKS)}
         if text not in known:
             # Of "int4" alone the nearest spelling would be int8.
@@ -45,11 +46,11 @@ class WeightFormat:
 
     @property
     def is_quantized(self) -> bool:
-        return self.kind in ("int8", "int4")
+        return self.kind in ("fp8", "int8", "int4")
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of one row's values or codes, scales not counted."""
-        bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[self.kind]
+        bits = {"float32": 32, "bfloat16": 16, "fp8": 8, "int8": 8, "int4": 4}[self.kind]
         return columns * bits // 8
 
     def check_columns(self, columns: int, role: str, name: str) -> None:
@@ -75,4 +76,5 @@ class WeightFormat:
         )
 
 
-FLOAT32, BFLOAT16, INT8 = WeightFormat("float32"), WeightFormat("bfloat16"), WeightFormat("int8")
+FLOAT32, BFLOAT16 = WeightFormat("float32"), WeightFormat("bfloat16")
+INT8, FP8 = WeightFormat("int8"), WeightFormat("fp8")

@@ -10,11 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 from gemma4_export.configs.errors import ConfigError, nearest
-from gemma4_export.configs.formats import FLOAT32, WeightFormat
+from gemma4_export.configs.formats import FLOAT32, FP8, WeightFormat
 from gemma4_export.configs.names import RECIPE_ROLES, Role
 from gemma4_export.configs.toml import check_keys, load_named, names_in
 
 _FOLDER = Path(__file__).parent / "recipes"
+_FP8_ROLES: tuple[Role, ...] = ("decoder.attention", "decoder.mlp", "decoder.per_layer", "decoder.head")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,8 @@ def _parse(values: Mapping[str, Any], where: str) -> Recipe:
             formats[role] = WeightFormat.parse(str(text))
         except ConfigError as error:
             raise ConfigError(f"{where}: {role}: {error.cause}", hint=error.hint) from error
+        if formats[role] == FP8 and role not in _FP8_ROLES:
+            raise ConfigError(f"{where}: {role}: fp8 is for {', '.join(_FP8_ROLES)} only", hint=f'"{role}" = "int8"')
     missing = [role for role in RECIPE_ROLES if role not in formats]
     if missing:
         raise ConfigError(f"{where}: no format for {', '.join(missing)}", hint=f'add "{missing[0]}" = "bfloat16"')

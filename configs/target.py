@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gemma4_export.configs.errors import ConfigError
+from gemma4_export.configs.formats import FP8
+from gemma4_export.configs.recipe import Recipe
 from gemma4_export.configs.toml import check_keys, load_named, names_in
 
 FloatType = Literal["float32", "float16", "bfloat16"]
@@ -18,6 +20,7 @@ BUILT_BACKENDS: tuple[BuiltBackend, ...] = get_args(BuiltBackend)
 RUN_BACKEND = "ort-cpu"
 """The only one that this version runs."""
 _FOLDER = Path(__file__).parent / "targets"
+_FP8_CAPABILITY = 8.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,3 +129,21 @@ def check_buildable(target: Target) -> None:
             f"this version builds {', '.join(BUILT_BACKENDS)} only",
             hint="--target cpu builds a folder that runs on any machine's processor",
         )
+
+
+def check_recipe(target: Target, recipe: Recipe) -> None:
+    """Refuse a recipe whose weights nothing of the target multiplies with.
+
+    Raises:
+        ConfigError: fp8 for a processor, or for a GPU older than compute capability 8.9.
+    """
+    if FP8 not in recipe.formats.values():
+        return
+    capability = target.compute_capability
+    if target.built_backend == "ort-cpu" or capability is None:
+        cause = "onnxruntime's CPU provider has no product with fp8 weights, it would hold them as float32"
+    elif float(capability) < _FP8_CAPABILITY:
+        cause = f"fp8 needs compute capability {_FP8_CAPABILITY}, {target.title} has {capability}"
+    else:
+        return
+    raise ConfigError(f"recipe {recipe.name} for {target.name}: {cause}", hint="--recipe int8 takes as many bytes")

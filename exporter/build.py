@@ -35,7 +35,7 @@ from gemma4_export.configs.manifest import (
 from gemma4_export.configs.model import ModelConfig, RopeConfig
 from gemma4_export.configs.output import naming
 from gemma4_export.configs.recipe import Recipe
-from gemma4_export.configs.target import FloatType, Target, check_buildable
+from gemma4_export.configs.target import FloatType, Target, check_buildable, check_recipe
 from gemma4_export.exporter.engine_graphs import EngineTarget, Experts, write_engine_graphs
 from gemma4_export.exporter.lower import lower_ort_cpu
 from gemma4_export.exporter.memory import load_peak_bytes
@@ -114,9 +114,11 @@ def resolve_options(
     """Fill in what the user left open, and refuse what cannot be built.
 
     Raises:
-        ConfigError: the target's backends do not exist yet, or context and chunk are out of range.
+        ConfigError: the target's backends do not exist yet or do not multiply with the recipe's weights, or context and
+            chunk are out of range.
     """
     check_buildable(target)
+    check_recipe(target, recipe)
     context, chunk = resolve_lengths(config, target, context=context, chunk=chunk)
     return BuildOptions(
         model_name=model_name,

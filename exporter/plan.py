@@ -12,7 +12,7 @@ from gemma4_export.configs.models import ReleasedModel
 from gemma4_export.configs.names import decoder_tensors
 from gemma4_export.configs.recipe import Recipe, load_recipe
 from gemma4_export.configs.step_bytes import PROCESS_BYTES, cpu_matrix_bytes, step_bytes
-from gemma4_export.configs.target import Target
+from gemma4_export.configs.target import Target, check_recipe
 from gemma4_export.exporter.build import BuildOptions, kv_layout, resolve_lengths
 from gemma4_export.exporter.memory import held_bytes, load_peak_bytes, role_sizes
 from gemma4_export.exporter.oracle import oracle_bytes
@@ -61,8 +61,9 @@ def resolve_plan(
     """Build options for a plan: also for targets that this version cannot build for yet.
 
     Raises:
-        ConfigError: context or chunk out of range.
+        ConfigError: context or chunk out of range, or weights that the target does not multiply with.
     """
+    check_recipe(target, recipe)
     context, chunk = resolve_lengths(model.config, target, context=context, chunk=chunk)
     return BuildOptions(
         model_name=model.name,
@@ -80,7 +81,7 @@ def resolve_plan(
 def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
     """Add up what building ``model`` with ``options`` takes. Reads no weight and no network."""
     config, target = model.config, options.target
-    placement = place_weights(decoder_tensors(config).values(), options.recipe)
+    placement = place_weights(decoder_tensors(config).values(), options.recipe, packing=options.packing)
     is_cpu = "ort-cpu" in target.backends
     layout = kv_layout(config, options)
     kv_item = 4 if layout.dtype == "float32" else 2

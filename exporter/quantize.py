@@ -1,10 +1,11 @@
-"""Rounds rows of a weight to int8 or int4 codes with scales, and back. Canonical layout, independent of any backend."""
+"""Rounds rows of a weight to int8, int4 or fp8 codes with scales, and back. Canonical, independent of any backend."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from gemma4_export.configs.errors import CheckpointError
@@ -17,6 +18,8 @@ UInt8 = np.ndarray[Any, np.dtype[np.uint8]]
 # Largest code, symmetric, and the dtype of scales that our own rounding makes.
 _LIMITS: dict[str, tuple[int, type[np.floating[Any]]]] = {"int8": (127, np.float32), "int4": (7, np.float16)}
 _LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
+_LARGEST_FP8 = 448.0
+_LEAST_EXPONENT = -100  # rows below 448 * 2^-100 count as zeros: 2^-9, the least code, times the scale stays normal
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +27,10 @@ class QuantizedRows:
     """Rows of a quantised weight: its value is code times scale.
 
     ``int4``: codes [n, K // 2] uint8, two signed nibbles each, the lower column in the low one; scales [n, K // block].
-    ``int8``: codes [n, K] int8; scales [n, K // block], or [n, 1] without a block. Scales are float16 or float32; a
-    source's bfloat16 ones are carried as float32, which holds them exactly.
+    ``int8``: codes [n, K] int8; scales [n, K // block], or [n, 1] without a block.
+    ``fp8``: codes [n, K] uint8, the bits of E4M3FN; scales [n, 1] float32, powers of two.
+
+    Scales are float16 or float32; a source's bfloat16 ones are carried as float32, which holds them exactly.
     """
 
     format: WeightFormat
@@ -49,6 +54,8 @@ def quantize(rows: Float32, form: WeightFormat, where: str) -> QuantizedRows:
     Raises:
         CheckpointError: NaN or Inf among the values, or a block too large for a float16 scale.
     """
+    if form.kind == "fp8":
+        return _round_to_fp8(rows, form, where)
     n, columns = rows.shape
     limit, dtype = _LIMITS[form.kind]
     block = form.block or columns
@@ -72,9 +79,28 @@ def quantize(rows: Float32, form: WeightFormat, where: str) -> QuantizedRows:
     return QuantizedRows(form, pack_int4(signed) if form.kind == "int4" else signed, scales)
 
 
+def _round_to_fp8(rows: Float32, form: WeightFormat, where: str) -> QuantizedRows:
+    """Scale: the least power of two that keeps the row within 448.
+
+    A float code loses nothing by a scale that is not the smallest, and a power of two is exact in every float type that
+    an engine computes in.
+    """
+    check_finite(rows, where)
+    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0)
+    mantissa, exponent = np.frexp(largest.astype(np.float64) / _LARGEST_FP8)  # largest / 448 = mantissa * 2^exponent
+    exponent -= mantissa == 0.5
+    is_zero = (largest == 0) | (exponent < _LEAST_EXPONENT)
+    exponent = np.where(is_zero, 0, exponent)
+    codes = np.where(is_zero, np.float32(0), np.ldexp(rows, -exponent)).astype(ml_dtypes.float8_e4m3fn)
+    scales = np.where(is_zero, np.float32(0), np.ldexp(np.float32(1), exponent))
+    return QuantizedRows(form, codes.view(np.uint8), scales)
+
+
 def dequantize(rows: QuantizedRows) -> Float32:
-    """[n, K] float32: each code times its scale, exact in float32 for int4 codes with float16 scales."""
+    """[n, K] float32: each code times its scale, exact in float32 for int4 codes with float16 scales, and for fp8."""
     codes = unpack_int4(rows.codes) if rows.format.kind == "int4" else rows.codes
+    if rows.format.kind == "fp8":
+        codes = codes.view(ml_dtypes.float8_e4m3fn)
     n, columns = codes.shape
     scales = rows.scales.astype(np.float32)
     blocks = codes.reshape(n, scales.shape[1], columns // scales.shape[1]).astype(np.float32)

@@ -42,6 +42,9 @@ class StoredWeights:
         per_row = scales.per_row
         item = np.dtype(scales.dtype)
         factors = torch.from_numpy(self._read(placed, scales.offset, start, stop, per_row * item.itemsize, item))
+        if kind == "fp8":
+            values = torch.from_numpy(raw).view(torch.float8_e4m3fn).to(dtype)
+            return values.mul_(factors.to(dtype))
         if placed.has_signed_codes:  # flipping the sign bit adds 8 (or 128)
             raw = raw ^ np.uint8(0x88 if kind == "int4" else 0x80)
         values = _signed_codes(torch.from_numpy(raw), is_int4=kind == "int4", dtype=dtype)

@@ -161,7 +161,7 @@ def _place(
         block = matmul_block(form, columns) if is_matrix else form.block or columns
         scales = PlacedScales(
             offset=_align(placed.end),
-            dtype="float32" if has_wide_scales or form.kind == "int8" else "float16",
+            dtype="float32" if has_wide_scales or form.kind != "int4" else "float16",
             per_row=columns // block,
         )
         placed = replace(placed, scales=scales)

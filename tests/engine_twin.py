@@ -125,21 +125,25 @@ class EngineTwin:
         """Feed a group, caches bound in place, and add its outputs to ``values``."""
         binding = session.io_binding()
         for name in group.inputs:
-            if not name.startswith("past_key_values."):
+            if name.startswith("past_key_values."):
+                binding.bind_input(name, *self._buffer(name, cache))
+            else:
                 binding.bind_cpu_input(name, np.ascontiguousarray(values[name]))
-        cached = {name for name in (*group.inputs, *group.outputs) if name.startswith(("past_key_values.", "present."))}
-        for name in cached:
-            _, layer, part = name.split(".")
-            buffer = cache.buffers[int(layer)][part == "value"]
-            at = ("cpu", 0, self.dtype, buffer.shape, buffer.ctypes.data)
-            (binding.bind_output if name.startswith("present.") else binding.bind_input)(name, *at)
-        others = [name for name in group.outputs if name not in cached]
-        for name in others:
-            binding.bind_output(name, "cpu")
+        for name in group.outputs:
+            if name.startswith("present."):
+                binding.bind_output(name, *self._buffer(name, cache))
+            else:
+                binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
-        for name, value in zip(session.get_outputs(), binding.get_outputs(), strict=True):
-            if name.name in others:
-                values[name.name] = value.numpy()
+        for name, value in zip(group.outputs, binding.get_outputs(), strict=True):
+            if not name.startswith("present."):
+                values[name] = value.numpy()
+
+    def _buffer(self, name: str, cache: KVCache) -> tuple[object, ...]:
+        """Where a cache lies, as a binding takes it."""
+        _, layer, part = name.split(".")
+        buffer = cache.buffers[int(layer)][part == "value"]
+        return "cpu", 0, self.dtype, buffer.shape, buffer.ctypes.data
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:

@@ -22,14 +22,14 @@ from oracle import Oracle, random_prompt
 from safetensors.numpy import save_file
 
 from gemma4_export.configs.errors import ConfigError
-from gemma4_export.configs.formats import BFLOAT16, BLOCKS, FLOAT32, INT8, WeightFormat
+from gemma4_export.configs.formats import BFLOAT16, BLOCKS, FLOAT32, FP8, INT8, WeightFormat
 from gemma4_export.configs.names import EMBED_TOKENS
 from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.exporter.dummy import DummySource
 from gemma4_export.exporter.quantize import QuantizedRows, dequantize
 from gemma4_export.runtime import Gemma4
 
-FORMATS = (FLOAT32, BFLOAT16, INT8, WeightFormat("int8", 32), *(WeightFormat("int4", block) for block in BLOCKS))
+FORMATS = (FLOAT32, BFLOAT16, FP8, INT8, WeightFormat("int8", 32), *(WeightFormat("int4", block) for block in BLOCKS))
 # Widths that all blocks divide, and none of whose rows begin at a multiple of the generator's 32 bytes by themselves.
 WIDE = {"structure": "26b-a4b", "num_layers": 2, "hidden_size": 128, "intermediate_size": 384}
 few = settings(max_examples=30, deadline=None, derandomize=True)

@@ -36,6 +36,7 @@ from gemma4_export.configs.names import (
 )
 from gemma4_export.configs.recipe import Recipe, load_recipe
 from gemma4_export.exporter.checkpoint import Checkpoint
+from gemma4_export.exporter.quantize import dequantize, quantize
 from gemma4_export.runtime import Gemma4
 
 BOUND = 1e-3  # logits: float32 sums in another order, through up to nine layers
@@ -68,6 +69,8 @@ def on_grid(values: np.ndarray, form: WeightFormat) -> np.ndarray:
         return values
     if form.kind == "bfloat16":
         return torch.tensor(values).bfloat16().float().numpy()
+    if form.kind == "fp8":
+        return dequantize(quantize(values, form, "grid"))  # scales are powers of two: what is rounded once stays
     limit = 7 if form.kind == "int4" else 127
     blocks = values.reshape(len(values), -1, form.block or values.shape[1]).astype(np.float64)
     largest = np.abs(blocks).max(axis=2, keepdims=True)

@@ -6,6 +6,7 @@ none; the full tier walks them too. Checkpoints lie on the recipe's grid, so bot
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -16,12 +17,13 @@ from artifacts import traced
 from engine_twin import EngineTwin, engine_artifact
 from oracle import Oracle, find_prompt
 from safetensors.numpy import load_file
-from test_int4_parity import grid_artifact, grid_checkpoint
+from test_int4_parity import built, grid_artifact, grid_checkpoint
 from test_passes import described
 from tiny import STRUCTURES
 
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.configs.formats import FLOAT32, FP8
 from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.configs.target import engine_profiles
 from gemma4_export.exporter.checkpoint import Checkpoint
@@ -44,8 +46,14 @@ PREFILL, STEPS = (7, 7, 6), 64  # three calls, then one token each: a sliding bu
 @functools.cache
 def expected(structure: str, recipe: str) -> tuple[list[int], np.ndarray]:
     """A prompt without close routing decisions, and its logits [T, V] by the ort-cpu artifact."""
-    ids = find_prompt(Oracle(grid_checkpoint(structure, recipe)), length=sum(PREFILL) + STEPS)
-    return ids, Gemma4.load(grid_artifact(structure, recipe, "fp32")).forward(ids)
+    checkpoint = grid_checkpoint(structure, recipe)
+    ids = find_prompt(Oracle(checkpoint), length=sum(PREFILL) + STEPS)
+    if recipe != "fp8":
+        return ids, Gemma4.load(grid_artifact(structure, recipe, "fp32")).forward(ids)
+    # No processor multiplies with fp8: float32 holds the values of its grid.
+    formats = {role: FLOAT32 if form == FP8 else form for role, form in load_recipe(recipe).formats.items()}
+    wide = dataclasses.replace(load_recipe(recipe), formats=formats)
+    return ids, Gemma4.load(built(checkpoint, wide, activations="fp32")).forward(ids)
 
 
 @functools.cache
@@ -74,7 +82,7 @@ def worst(engine: EngineTwin, ids: list[int], logits: np.ndarray) -> float:
 
 
 @every_structure
-@pytest.mark.parametrize("recipe", ["fp32", "int4", "int8"])
+@pytest.mark.parametrize("recipe", ["fp32", "int4", "int8", "fp8"])
 def test_the_float32_twin_equals_ort_cpu(structure, recipe):
     assert worst(twin(structure, recipe), *expected(structure, recipe)) < BOUND
 
@@ -144,7 +152,7 @@ def element_types(path) -> dict[str, int]:
 
 
 @every_structure
-@pytest.mark.parametrize("recipe", ["int4", "bf16"])
+@pytest.mark.parametrize("recipe", ["int4", "bf16", "fp8"])
 def test_the_shipped_graphs_are_the_twin_but_for_types_and_casts(structure, recipe):
     checkpoint = grid_checkpoint(structure, recipe)
     shipped, other = (engine_artifact(checkpoint, recipe, float_type=name) for name in ("bfloat16", "float32"))

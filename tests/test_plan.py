@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -85,24 +84,23 @@ def small_model(**hub: object) -> ReleasedModel:
 
 
 def role_bytes(config: ModelConfig, recipe: Recipe) -> dict[str, int]:
-    """Codes and scales by role: 4 bytes a scale for matrices, 2 for int4 tables."""
+    """Codes and scales by role, as engines read them: 2 bytes a scale of a block of int4, 4 a row of 8 bits."""
     sizes: dict[str, int] = {}
     has_own_head = recipe.formats["decoder.head"] != recipe.formats["embeddings.tokens"]
     for spec in decoder_tensors(config).values():
-        is_table = spec.role == "embeddings.per_layer" or (spec.role == "embeddings.tokens" and has_own_head)
-        copies = [(spec.role, is_table)]
+        roles = [spec.role]
         if spec.role == "embeddings.tokens" and has_own_head:
-            copies.append(("decoder.head", False))
-        for role, table in copies:
+            roles.append("decoder.head")
+        for role in roles:
             (rows, columns), form = spec.row_shape, recipe.format_of(role)
-            size = rows * columns * {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[form.kind] // 8
+            size = rows * columns * BITS[form.kind] // 8
             if form.is_quantized:
-                block = form.block or (columns if table else math.gcd(columns, 256))
-                size += rows * columns // block * (2 if table and form.kind == "int4" else 4)
+                size += rows * columns // (form.block or columns) * (2 if form.kind == "int4" else 4)
             sizes[role] = sizes.get(role, 0) + size
     return sizes
 
 
+BITS = {"float32": 32, "bfloat16": 16, "fp8": 8, "int8": 8, "int4": 4}
 OWN_HEAD = Recipe(
     name="own-head",
     title="",
@@ -180,7 +178,7 @@ def test_the_artifact_is_as_large_as_planned(structure, recipe, tmp_path):
     assert manifest.kv.num_bytes(512) == plan.kv_bytes
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "int8", "int4", "int8-blocks", "int4-quality", OWN_HEAD], ids=_name)
+@pytest.mark.parametrize("recipe", ["bf16", "fp8", "int8", "int4", "int8-blocks", "int4-quality", OWN_HEAD], ids=_name)
 @every_size
 def test_weights_in_the_memory_of_a_gpu(model, recipe):
     """Codes with canonical scales: float16 per int4 block, float32 per int8 row or block. Tables stay on the host."""
@@ -192,7 +190,7 @@ def test_weights_in_the_memory_of_a_gpu(model, recipe):
         # The token table is on the device as the head only.
         form = chosen.format_of("decoder.head" if spec.role == "embeddings.tokens" else spec.role)
         rows, columns = spec.row_shape
-        wanted += rows * columns * {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[form.kind] // 8
+        wanted += rows * columns * BITS[form.kind] // 8
         if form.is_quantized:
             wanted += rows * (columns // (form.block or columns)) * (2 if form.kind == "int4" else 4)
     assert planned(model, "rtx4090", chosen)[0].weights_in_memory_bytes == wanted
@@ -234,7 +232,7 @@ def test_the_decode_limit_is_bandwidth_over_bytes_read():
 
 def test_a_step_reads_the_chosen_experts_only():
     plan, _ = planned("26b-a4b", "rtx4090", "int4", context=2)
-    experts = plan.role_bytes["decoder.experts"] * (0.5 + 2 / 32) / (0.5 + 4 / 32)
+    experts = plan.role_bytes["decoder.experts"]
     rest = plan.weights_in_memory_bytes - experts
     kv = plan.bytes_per_token - rest - experts * 8 / 128
     assert 0 <= kv < 2e6

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import CheckpointError, ConfigError
-from gemma4_export.configs.formats import BFLOAT16, BLOCKS, FLOAT32, INT8, WeightFormat
+from gemma4_export.configs.formats import BFLOAT16, BLOCKS, FLOAT32, FP8, INT8, WeightFormat
 from gemma4_export.configs.manifest import ScalesEntry, TableEntry
 from gemma4_export.configs.names import (
     EMBED_TOKENS,
@@ -236,6 +236,58 @@ def test_nan_and_inf_are_refused_by_name(form, bad, place):
     count = int((~np.isfinite(values)).sum())
     with pytest.raises(CheckpointError, match=rf"layers\.3\.mlp\.up_proj\.weight: {count} values are NaN or Inf"):
         quantize(values, form, "layers.3.mlp.up_proj.weight")
+
+
+def e4m3(code: int) -> float:
+    """Four exponent bits biased by 7, three of mantissa; no infinities, 0x7f and 0xff are NaN."""
+    sign, exponent, mantissa = -1 if code & 0x80 else 1, code >> 3 & 15, code & 7
+    assert (exponent, mantissa) != (15, 7)
+    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+@pytest.mark.parametrize("exponent", [-60, -17, 0, 3])
+def test_every_fp8_value_times_a_power_of_two_is_kept(exponent):
+    codes = [code for code in range(256) if code & 0x7F != 0x7F]
+    values = np.array([[e4m3(code) * 2.0**exponent for code in codes]], np.float32)
+    rows = quantize(values, FP8, "w")
+    assert (rows.codes.dtype, rows.codes[0].tolist()) == (np.uint8, codes)
+    assert rows.scales.tolist() == [[2.0**exponent]]
+    np.testing.assert_array_equal(dequantize(rows), values)
+
+
+@few
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 5), exponent=st.integers(-60, 60))
+def test_fp8_rounds_to_nearest_below_a_scale_that_fits(seed, n, exponent):
+    values = np.random.default_rng(seed).standard_normal((n, 96)).astype(np.float32) * np.float32(2.0**exponent)
+    rows = quantize(values, FP8, "w")
+    np.testing.assert_array_equal(np.frexp(rows.scales)[0], 0.5)  # powers of two: exact in every float type
+    largest = np.abs(values).max(axis=1, keepdims=True) / rows.scales
+    assert ((largest > 224) & (largest <= 448)).all()
+    # Half a step: three bits of mantissa, or below 2^-6 steps of 2^-9.
+    step = np.maximum(np.abs(values) * 2.0**-4, rows.scales * 2.0**-10)
+    assert (np.abs(dequantize(rows) - values) <= step).all()
+    assert all(
+        e4m3(int(code)) * scale == value
+        for code, scale, value in zip(rows.codes[0], np.repeat(rows.scales[0], 96), dequantize(rows)[0], strict=True)
+    )
+
+
+def test_fp8_rows_of_zeros_and_of_next_to_nothing_have_scale_zero():
+    values = np.zeros((4, 32), np.float32)
+    values[1], values[2, 5], values[3] = 1, 1e-30, 1e-20
+    with np.errstate(all="raise", under="ignore"):
+        rows = quantize(values, FP8, "w")
+    assert (rows.scales[:, 0] == 0).tolist() == [True, False, True, False]
+    assert not rows.codes[[0, 2]].any()
+    np.testing.assert_allclose(dequantize(rows)[[1, 3]], values[[1, 3]], rtol=2**-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_fp8_has_no_room_for_nan_and_inf(bad):
+    values = np.ones((3, 256), np.float32)
+    values[1, 129] = bad
+    with pytest.raises(CheckpointError, match="w: 1 values are NaN or Inf"):
+        quantize(values, FP8, "w")
 
 
 def test_a_weight_too_large_for_a_float16_scale_is_refused():

@@ -13,12 +13,15 @@ from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.formats import BFLOAT16, BLOCKS, FLOAT32, INT8, WeightFormat
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.models import load_model, model_names
-from gemma4_export.configs.names import RECIPE_ROLES, decoder_tensors
+from gemma4_export.configs.names import LM_HEAD, RECIPE_ROLES, decoder_tensors
 from gemma4_export.configs.recipe import load_recipe, recipe_names
+from gemma4_export.configs.target import check_recipe, load_target
+from gemma4_export.exporter.build import resolve_options
+from gemma4_export.exporter.plan import resolve_plan
 from gemma4_export.exporter.weights import place_weights
 
 INT4 = WeightFormat("int4", 32)
-SHIPPED = ("bf16", "fp32", "int4", "int4-quality", "int4-rtn", "int8", "int8-blocks")
+SHIPPED = ("bf16", "fp32", "fp8", "int4", "int4-quality", "int4-rtn", "int8", "int8-blocks")
 
 
 def test_the_shipped_recipes():
@@ -50,9 +53,11 @@ def test_every_shipped_recipe_places_every_released_model(model, name):
     specs, recipe = decoder_tensors(load_model(model).config), load_recipe(name)
     stored = place_weights(specs.values(), recipe).stored
     assert {weight.source for weight in stored} == set(specs)
-    assert len(stored) == len(specs)  # one copy serves as token table and head
+    # One copy serves as token table and head, unless it is to be multiplied with in a format that no table has.
+    assert len(stored) == len(specs) + (name == "fp8")
     for weight in stored:
-        assert weight.placed.format == recipe.format_of(specs[weight.name].role)
+        assert weight.placed.format == recipe.format_of(weight.role)
+        assert weight.name == LM_HEAD or weight.role == specs[weight.name].role
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,6 +98,38 @@ def test_an_unknown_role_names_the_nearest(tmp_path):
     assert error.hint == "did you mean 'decoder.attention'?"
 
 
+@pytest.mark.parametrize("role", ["decoder.experts", "decoder.router", "embeddings.tokens", "embeddings.per_layer"])
+def test_fp8_for_what_nothing_multiplies_with_is_refused(tmp_path, role):
+    error = refused(recipe_file(tmp_path, **{role.replace(".", "__"): "fp8"}))
+    assert f"{role}: fp8 is for decoder.attention, decoder.mlp, decoder.per_layer, decoder.head only" in error.cause
+    assert error.hint == f'"{role}" = "int8"'
+    load_recipe(recipe_file(tmp_path, **tomllib.loads(error.hint.replace(".", "__")), decoder__mlp="fp8"))
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("cpu", "onnxruntime's CPU provider has no product with fp8 weights, it would hold them as float32"),
+        ("rtx3090", "fp8 needs compute capability 8.9, GeForce RTX 3090, 24 GB has 8.6"),
+        ("jetson-orin", "fp8 needs compute capability 8.9, Jetson AGX Orin, 64 GB has 8.7"),
+    ],
+)
+def test_fp8_for_a_device_without_it_is_refused_by_build_and_plan(target, why):
+    chosen, recipe = load_target(target), load_recipe("fp8")
+    model = load_model("e2b")
+    with pytest.raises(ConfigError) as built:
+        resolve_options(model.config, model_name="e2b", target=chosen, recipe=recipe)
+    with pytest.raises(ConfigError) as planned:
+        resolve_plan(model, target=chosen, recipe=recipe, dummy=False, context=None, chunk=None)
+    assert built.value.cause == planned.value.cause == f"recipe fp8 for {target}: {why}"
+    assert built.value.hint == "--recipe int8 takes as many bytes"
+
+
+@pytest.mark.parametrize("target", ["rtx4090", "l4", "rtx5090", "h100", "jetson-thor"])
+def test_fp8_is_for_newer_gpus(target):
+    check_recipe(load_target(target), load_recipe("fp8"))
+
+
 def test_norms_are_no_role_of_a_recipe(tmp_path):
     assert "'decoder.norm' does not exist" in refused(recipe_file(tmp_path, decoder__norm="bfloat16")).cause
 
@@ -106,7 +143,7 @@ def test_norms_are_no_role_of_a_recipe(tmp_path):
         ("int4/²", "known: int4/32, int4/64, int4/128"),
         ("int8/", "did you mean 'int8/32'?"),
         ("bfloat", "did you mean 'bfloat16'?"),
-        ("q4_k_m", "known: bfloat16, float32, int4/128, int4/32, int4/64, int8, int8/128, int8/32, int8/64"),
+        ("q4_k_m", "known: bfloat16, float32, fp8, int4/128, int4/32, int4/64, int8, int8/128, int8/32, int8/64"),
     ],
 )
 def test_an_unknown_format_names_its_role_and_the_nearest(tmp_path, form, hint):

@@ -46,7 +46,7 @@ WIDE_EXPERTS = WIDE | {"intermediate_size": 512, "moe_intermediate_size": 256, "
 
 CASES = [
     (structure, recipe, experts)
-    for recipe in ("bf16", "int4")
+    for recipe in ("bf16", "int4", "fp8")
     for structure, experts in (*((one, "plugin") for one in STRUCTURES), ("26b-a4b", "builtin"))
 ]
 
@@ -133,7 +133,7 @@ def test_every_group_becomes_one_engine_for_all_gpus(structure, recipe, experts,
 @pytest.mark.parametrize(
     ("structure", "experts"), [("e2b", "plugin"), ("31b", "plugin"), ("26b-a4b", "plugin"), ("26b-a4b", "builtin")]
 )
-@pytest.mark.parametrize("recipe", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("recipe", ["bf16", "int8", "int4", "fp8"])
 def test_weights_stay_as_small_as_they_were_packed_with_all_profiles(structure, experts, recipe, tmp_path):
     folder = wide_artifact(structure, recipe, experts)
     for group, engine in compile_groups(folder, tmp_path, CAPABILITIES[recipe]):

@@ -18,7 +18,7 @@ from gemma4_export.configs.manifest import Manifest
 from gemma4_export.configs.models import ReleasedModel, is_other, load_model
 from gemma4_export.configs.names import NOT_PACKED_PREFIXES
 from gemma4_export.configs.recipe import load_recipe
-from gemma4_export.configs.target import Target, check_buildable, load_target
+from gemma4_export.configs.target import Target, check_buildable, check_recipe, load_target
 from gemma4_export.exporter.commands import options
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def build(
     # Names are checked before torch is imported: a typo should cost milliseconds.
     chosen_target, chosen_recipe = load_target(target), load_recipe(recipe)
     check_buildable(chosen_target)
+    check_recipe(chosen_target, chosen_recipe)
     _check_engines(chosen_target, engines)
     origin = _origin(checkpoint, model, weights)
     from gemma4_export.exporter.commands.progress import BuildProgress

@@ -21,6 +21,7 @@ _STORED = {
     "float32": ir.DataType.FLOAT,
     "bfloat16": ir.DataType.BFLOAT16,
     "float16": ir.DataType.FLOAT16,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
 }
