@@ -26,6 +26,8 @@ _READ_BYTES = 1 << 29  # larger than any cache, small beside the weights
 class BenchResult:
     """One measurement; rates are medians over the repeats."""
 
+    model: str
+    recipe: str
     load_s: float
     prompt_tokens: int
     prefill_tokens_per_s: float
@@ -78,6 +80,8 @@ def bench(
     gigabytes = bytes_per_token(model.artifact.manifest, prompt_tokens + new_tokens // 2) / 1e9
     decode, read = statistics.median(decodes), statistics.median(reads)
     return BenchResult(
+        model=model.artifact.manifest.model.name,
+        recipe=model.artifact.manifest.recipe,
         load_s=load_s,
         prompt_tokens=prompt_tokens,
         prefill_tokens_per_s=statistics.median(prefills),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gemma4_export.configs.errors import ConfigError
+from gemma4_export.configs.errors import ConfigError, Gemma4Error
 from gemma4_export.runtime.gemma4 import Gemma4
 from gemma4_export.runtime.questions import Question, is_right, wilson
 from gemma4_export.runtime.reply import Reply
@@ -75,14 +75,16 @@ def evaluate(
     Returns:
         a score for each task and thinking mode, in the order of the questions.
     Raises:
-        ConfigError: a question that this artifact cannot be asked, with its file and line.
+        ConfigError: a question that this artifact cannot be asked, with its file and line, before any is answered.
     """
-    asked = [(question, on) for question in _first(questions, limit) for on in _modes(question, thinking)]
+    chosen = [(question, on) for question in _first(questions, limit) for on in _modes(question, thinking)]
+    # All before the first answer: what cannot be asked must not cost the answers before it.
+    asked = [(question, on, _prompt(model, question, on)) for question, on in chosen]
     tallies: dict[tuple[str, bool], _Tally] = {}
     started = last = time.perf_counter()
-    for number, (question, on) in enumerate(asked, 1):
+    for number, (question, on, prompt) in enumerate(asked, 1):
         before = time.perf_counter()
-        reply = _answer(model, question, on, max_new_tokens)
+        reply = model.stream_ids(prompt, max_new_tokens=max_new_tokens, temperature=0).wait()
         now = time.perf_counter()
         _count(tallies.setdefault((question.task, on), _Tally()), question, reply, now - before)
         if now - last > _SAY_EVERY or number == len(asked):
@@ -107,16 +109,10 @@ def _modes(question: Question, thinking: Thinking) -> tuple[bool, ...]:
     return {"asked": (question.enable_thinking,), "on": (True,), "off": (False,), "both": (True, False)}[thinking]
 
 
-def _answer(model: Gemma4, question: Question, enable_thinking: bool, max_new_tokens: int) -> Reply:
+def _prompt(model: Gemma4, question: Question, enable_thinking: bool) -> list[int]:
     try:
-        return model.generate(
-            question.messages,
-            question.tools,
-            enable_thinking=enable_thinking,
-            max_new_tokens=max_new_tokens,
-            temperature=0,
-        )
-    except ConfigError as error:
+        return model.check_prompt(model.encode(question.messages, question.tools, enable_thinking=enable_thinking))
+    except Gemma4Error as error:
         raise ConfigError(f"{question.where}: {error.cause}", hint=error.hint) from error
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemma4_export.configs.errors import ConfigError, nearest
+from gemma4_export.runtime.text_files import parse_json, read_text
 
 _KEYS = ("messages", "answer", "calls", "tools", "enable_thinking", "task")
 _MEDIA = ("image", "audio", "video")
@@ -106,12 +107,7 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
         ConfigError: no such file, no question in it, no UTF-8, or a line that is no question, with its number.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file", hint="give a .jsonl file with a question a line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is no UTF-8", hint="save it as UTF-8 text") from error
+    text = read_text(path, "give a .jsonl file with a question a line")
     # splitlines would also cut at characters that JSON strings may hold
     lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     questions = [_question(path, f"{path}:{number}", line) for number, line in lines]
@@ -121,10 +117,7 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def _question(path: Path, where: str, line: str) -> Question:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON: {error}", hint=_HINT) from error
+    value = parse_json(line, where, _HINT)
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: expected an object, found {type(value).__name__}", hint=_HINT)
     for key in value:
@@ -140,6 +133,9 @@ def _question(path: Path, where: str, line: str) -> Question:
     _check_type(where, value, "answer", str, "a text")
     _check_type(where, value, "enable_thinking", bool, "true or false")
     _check_type(where, value, "task", str, "a text")
+    task = value.get("task", path.stem)
+    if not task.strip() or not task.isprintable():
+        raise ConfigError(f"{where}: task: expected a name on one line, found {task!r:.60}", hint='"task": "sums"')
     _check_objects(where, value, "messages", _HINT)
     if value.get("tools") is not None:
         _check_objects(where, value, "tools", "leave it out, or give a list of JSON schemas")

@@ -7,10 +7,13 @@ from typing import Any
 import artifacts
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ConfigError, ContractError, Gemma4Error
+from gemma4_export.exporter.commands import app as exporter_app
 from gemma4_export.runtime import Gemma4
+from gemma4_export.runtime.commands import app as runtime_app
 
 USER = {"role": "user", "content": "hello"}
 CALL = {"function": {"name": "f", "arguments": {}}}
@@ -96,6 +99,17 @@ def test_variables_of_encode_are_held_to_the_same(model: Gemma4) -> None:
 @pytest.mark.parametrize("text", [None, 5, b"x"])
 def test_raw_text_is_a_string(model: Gemma4, text: Any) -> None:
     assert refused(lambda: model.encode_raw(text), ConfigError) == f"text: expected a string, found {text!r}"
+
+
+@pytest.mark.parametrize(
+    ("app", "command"),
+    [(runtime_app, "verify"), (runtime_app, "bench"), (runtime_app, "chat"), (exporter_app, "inspect")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_empty_name_is_not_the_current_folder(app: Any, command: str) -> None:
+    result = CliRunner().invoke(app, [command, ""])
+    assert isinstance(result.exception, ContractError)
+    assert result.exception.cause == "the artifact: expected the path of a folder, found ''"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from gemma4_export.configs.errors import ConfigError, ContractError
 from gemma4_export.runtime import Gemma4
 from gemma4_export.runtime.chat_session import ChatSession, Dropped
 from gemma4_export.runtime.commands.chat import chat
-from gemma4_export.runtime.commands.chat_terminal import ChatTerminal, ending_texts, read_message
+from gemma4_export.runtime.commands.chat_terminal import ChatTerminal, ending_texts, opening_text, read_message
 from gemma4_export.runtime.reply import Finished, FinishReason, ReplyParser, TextPiece, ThoughtPiece
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -280,7 +280,11 @@ def test_an_ending_says_what_is_not_kept(
 # Called here and not as a process, so that their messages count as triggered.
 @pytest.mark.parametrize(
     ("content", "cause"),
-    [("[", "tools.json: not JSON: "), ('{"type": "function"}', "tools.json: expected a list of tools")],
+    [
+        ("[", "tools.json: not JSON: "),
+        ('[{"function": {}, "function": {}}]', "tools.json: key 'function' stands twice in one object"),
+        ('{"type": "function"}', "tools.json: expected a list of tools"),
+    ],
 )
 def test_tools_that_are_no_list_are_refused(content: str, cause: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tools.json").write_text(content)
@@ -289,11 +293,26 @@ def test_tools_that_are_no_list_are_refused(content: str, cause: str, folder: Pa
     assert cause in caught.value.cause
 
 
-@pytest.mark.parametrize("line", ["/cleer", "/think maybe"])
-def test_a_command_that_is_none_is_refused(line: str, model: Gemma4, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("/cleer", "/cleer is no command"),
+        ("/think maybe", "/think maybe: expected on or off"),
+        ("/think", "/think: expected on or off"),
+    ],
+)
+def test_a_command_that_is_none_is_refused(
+    line: str, cause: str, model: Gemma4, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{line}\n"))
-    with pytest.raises(ConfigError, match=line):
+    with pytest.raises(ConfigError, match=f"^{cause}"):
         ChatTerminal(ChatSession(model), hide_thoughts=False).run()
+
+
+def test_the_opening_line_says_who_answers(model: Gemma4) -> None:
+    rest = f"context {CONTEXT} tokens; /help lists commands, Ctrl-D leaves"
+    assert opening_text(ChatSession(model)) == f"tiny-e (bf16), thinking off, {rest}"
+    assert opening_text(ChatSession(model, enable_thinking=True)) == f"tiny-e (bf16), thinking on, {rest}"
 
 
 def test_ctrl_c_at_the_prompt_ends_nothing(
@@ -355,6 +374,7 @@ def leave(child: pexpect.spawn) -> None:
 
 def test_a_conversation_in_a_real_terminal(folder: Path) -> None:
     child = terminal(folder)
+    assert "tiny-e (bf16), thinking off" in str(child.before)
     assert "I am a tiny Gemma 4 model" in answer(child, "Who are you?")
     assert "thinking is on" in answer(child, "/think on")
     shown = answer(child, SUM)

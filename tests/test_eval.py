@@ -17,7 +17,7 @@ import artifacts
 import pytest
 from conftest import REPOSITORY
 
-from gemma4_export.configs.errors import ConfigError
+from gemma4_export.configs.errors import ConfigError, ContractError
 from gemma4_export.runtime import Gemma4, ToolCall
 from gemma4_export.runtime.bars import bars
 from gemma4_export.runtime.commands.eval import evaluate_command
@@ -56,6 +56,12 @@ def test_optional_keys_have_defaults_and_empty_lines_do_not_count(tmp_path: Path
         ({"messages": ASK, "answr": "4"}, r":2: unknown key 'answr'", "'answer'"),
         ({"messages": ASK, "answer": 4}, r":2: answer: expected a text, found 4", "{"),
         ({"messages": ASK, "answer": "4", "enable_thinking": 1}, r":2: enable_thinking: expected true or false", "{"),
+        (
+            {"messages": ASK, "answer": "4", "task": "a\nb"},
+            r":2: task: expected a name .*, found 'a\\nb'",
+            "sums",
+        ),
+        ({"messages": ASK, "answer": "4", "task": " "}, r":2: task: expected a name on one line, found ' '", "sums"),
         ({"messages": [], "answer": "4"}, r":2: messages: expected a list of objects, found \[\]", "{"),
         ({"messages": ASK, "answer": "4", "tools": {}}, r":2: tools: expected a list of objects", "schemas"),
         ({"messages": ASK, "calls": ["f"]}, r":2: calls: expected a list of objects", "calls"),
@@ -75,6 +81,8 @@ def test_a_bad_line_is_named_with_what_it_should_be(line: object, cause: str, hi
 
 
 def test_files_that_hold_no_questions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r": a folder, not a file"):
+        read_questions(tmp_path)
     with pytest.raises(ConfigError, match=r"none.jsonl: no such file"):
         read_questions(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match=r"set.jsonl: no questions in 1 characters"):
@@ -146,11 +154,19 @@ class _Parrot:
     def __init__(self) -> None:
         self.options: list[dict[str, Any]] = []
 
-    def generate(self, messages: Any, tools: Any, **options: Any) -> _Said:
-        self.options.append(options)
+    def encode(self, messages: Any, tools: Any, *, enable_thinking: bool) -> str:
         if isinstance(messages[0]["content"], list):
             raise ConfigError("messages[0]: no pictures here", hint="send text only")
-        return _Said(messages[0]["content"] if options["enable_thinking"] else "", finish_reason="length")
+        return messages[0]["content"] if enable_thinking else ""
+
+    def check_prompt(self, text: str) -> str:
+        if len(text) > 9:
+            raise ContractError(f"the prompt has {len(text)} tokens", hint="shorten it")
+        return text
+
+    def stream_ids(self, text: str, **options: Any) -> Any:
+        self.options.append(options)
+        return SimpleNamespace(wait=lambda: _Said(text, finish_reason="length"))
 
 
 def _asked(text: str, answer: str, **rest: Any) -> Question:
@@ -191,6 +207,13 @@ def test_a_question_that_cannot_be_asked_is_named() -> None:
     picture = _wants("4", messages=[{"role": "user", "content": [{"type": "image", "image": "a.png"}]}])
     with pytest.raises(ConfigError, match=r"^f:1: messages\[0\]: no pictures here\nhint: send text only"):
         evaluate(_Parrot(), [picture])  # type: ignore[arg-type]
+
+
+def test_a_late_question_that_does_not_fit_is_named_before_the_first_is_answered() -> None:
+    parrot, questions = _Parrot(), [_asked("a", "a"), _asked("a" * 10, "a", enable_thinking=True)]
+    with pytest.raises(ConfigError, match=r"^f:1: the prompt has 10 tokens\nhint: shorten it"):
+        evaluate(parrot, questions)  # type: ignore[arg-type]
+    assert parrot.options == []
 
 
 def _score(task: str, right: int, total: int, *, thinking: bool = True) -> Score:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -237,6 +238,11 @@ def test_standard_input_that_is_closed_is_said(folder: Path, monkeypatch: pytest
             b"\n{",
             "{path}:2: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
         ),
+        (
+            "a.jsonl",
+            b'[{"role": "user", "content": "a", "content": "b"}]',
+            "{path}:1: key 'content' stands twice in one object",
+        ),
         ("a.jsonl", b"5", "{path}:1: expected a list of messages or an object with messages"),
         ("a.jsonl", b"{}", "{path}:1: expected a list of messages or an object with messages"),
         ("a.jsonl", b'{"messages": [], "tool": 1}', "{path}:1: unknown key 'tool'"),
@@ -249,3 +255,12 @@ def test_files_without_prompts_are_refused(tmp_path: Path, name: str, content: b
         prompts.read_prompts(str(path))
     assert caught.value.cause == cause.format(path=path)
     assert caught.value.hint
+
+
+def test_a_folder_is_no_prompt_file_and_a_pipe_is_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prompts.read_prompts(str(tmp_path))
+    assert caught.value.cause == f"{tmp_path}: a folder, not a file"
+    os.mkfifo(tmp_path / "pipe")  # as <(command) in a shell
+    with subprocess.Popen(["sh", "-c", 'echo hello > "$0"', str(tmp_path / "pipe")]):
+        assert [each.text for each in prompts.read_prompts(str(tmp_path / "pipe"))] == ["hello"]

@@ -10,13 +10,15 @@ from typing import Annotated
 
 import typer
 
-from gemma4_export.configs.artifact import Artifact
+from gemma4_export.configs.artifact import Artifact, artifact_path
 from gemma4_export.configs.evidence import REPORTS_FOLDER
 from gemma4_export.configs.manifest import MANIFEST_NAME, Manifest
 
 
 def inspect(
-    artifact: Annotated[Path, typer.Argument(help="Folder that gemma4-export build wrote.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="Folder that gemma4-export build wrote.", parser=artifact_path, metavar="ARTIFACT")
+    ],
     check: Annotated[bool, typer.Option("--check", help="Hash every file, weights included (about 2 GB/s).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
 ) -> None:

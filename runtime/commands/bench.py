@@ -26,6 +26,7 @@ def bench(
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
         return
+    print(f"model     {result.model}, {result.recipe}")
     print(f"load      {result.load_s:.2f} s, {result.resident_gb:.2f} GB resident")
     print(f"prefill   {result.prefill_tokens_per_s:.1f} tok/s ({result.prompt_tokens} tokens)")
     overhead = f"{result.overhead_ms_per_token:.2f} ms a token outside the graph"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from gemma4_export.runtime.chat_session import ChatSession
 from gemma4_export.runtime.commands import options
 from gemma4_export.runtime.commands.chat_terminal import ChatTerminal
 from gemma4_export.runtime.gemma4 import DEFAULT_MAX_NEW_TOKENS, Gemma4
+from gemma4_export.runtime.text_files import parse_json, read_text
 
 
 def chat(
@@ -59,10 +59,7 @@ def chat(
 
 def _read_tools(path: Path) -> list[dict[str, Any]]:
     hint = '[{"type": "function", "function": {"name": …, "description": …, "parameters": {JSON schema}}}]'
-    try:
-        tools = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}", hint=hint) from error
+    tools = parse_json(read_text(path, hint), str(path), hint)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ConfigError(f"{path}: expected a list of tools", hint=hint)
     return tools

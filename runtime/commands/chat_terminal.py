@@ -87,7 +87,7 @@ class ChatTerminal:
 
     def run(self) -> None:
         if self._is_interactive:
-            self._say("/help lists commands, Ctrl-D leaves")
+            self._say(opening_text(self._session))
         while True:
             try:
                 message = read_message(self._read_line, self._prompt())
@@ -195,7 +195,7 @@ class ChatTerminal:
 
     def _set_thinking(self, word: str) -> None:
         if word not in ("on", "off"):
-            raise ConfigError(f"/think {word}: expected on or off", hint="/think on")
+            raise ConfigError(f"{f'/think {word}'.rstrip()}: expected on or off", hint="/think on")
         self._session.enable_thinking = word == "on"
         self._say(f"thinking is {word}")
 
@@ -226,6 +226,13 @@ def _stopping(stop: Callable[[], None] | None) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def opening_text(session: ChatSession) -> str:
+    """Who answers, and how to go on."""
+    manifest, thinking = session.model.artifact.manifest, "on" if session.enable_thinking else "off"
+    name = f"{manifest.model.name} ({manifest.recipe}), thinking {thinking}"
+    return f"{name}, context {manifest.context} tokens; /help lists commands, Ctrl-D leaves"
 
 
 def dropped_text(event: Dropped) -> str:

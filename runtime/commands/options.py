@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
-ArtifactFolder = Annotated[Path, typer.Argument(help="Folder that gemma4-export build wrote.")]
+from gemma4_export.configs.artifact import artifact_path
+
+ArtifactFolder = Annotated[
+    Path, typer.Argument(help="Folder that gemma4-export build wrote.", parser=artifact_path, metavar="ARTIFACT")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads that compute. Default: one a core.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer in tokens, its thought included.", min=1)]
 Temperature = Annotated[

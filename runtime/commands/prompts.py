@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gemma4_export.configs.errors import ConfigError
+from gemma4_export.runtime.text_files import parse_json, read_text
 
 STDIN = "-"
 
@@ -50,7 +50,7 @@ def read_prompts(path: str) -> list[Prompt]:
     Raises:
         ConfigError: no such file, none in it, no UTF-8, or a line of a ``.jsonl`` file that is no conversation.
     """
-    text = _read_stdin() if path == STDIN else _read_file(Path(path))
+    text = _read_stdin() if path == STDIN else read_text(Path(path), "--prompt-file - reads standard input")
     is_json = path.endswith(".jsonl")
     lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     prompts = [_conversation(f"{path}:{number}", line) if is_json else from_text(line) for number, line in lines]
@@ -79,21 +79,9 @@ def _read_stdin() -> str:
         raise ConfigError(f"standard input: byte {error.start} is no UTF-8", hint="pipe UTF-8 text into it") from error
 
 
-def _read_file(path: Path) -> str:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file", hint="--prompt-file - reads standard input")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is no UTF-8", hint="save it as UTF-8 text") from error
-
-
 def _conversation(where: str, line: str) -> Prompt:
     hint = '{"messages": [{"role": "user", "content": "Hello"}]}'
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON: {error}", hint=hint) from error
+    value = parse_json(line, where, hint)
     if isinstance(value, list):
         return Prompt(messages=value)
     if not isinstance(value, dict) or "messages" not in value:
