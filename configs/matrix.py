@@ -62,6 +62,10 @@ class Cell:
     def has_engines(self) -> bool:
         return self.target.built_backend != "ort-cpu"
 
+    @property
+    def compiles_engines(self) -> bool:
+        return self.has_engines and self.engines != "later"
+
 
 def load_matrix(path: Path) -> tuple[Cell, ...]:
     """The cells of a matrix file, models outermost.

@@ -15,6 +15,7 @@ import hashlib
 import json
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,15 +65,20 @@ class CellFolder:
         return self.books / key
 
     @contextlib.contextmanager
-    def locked(self, say: Callable[[str], None]) -> Iterator[int]:
-        """The cell for us alone, after whoever works on it; gives the lock's descriptor, for a child to hold."""
+    def locked(self, on_wait: Callable[[bool], None]) -> Iterator[int]:
+        """The cell for us alone, after whoever works on it; gives the lock's descriptor, for a child to hold.
+
+        Args:
+            on_wait: called every tenth of a second while another holds it, with whether this is the first time. What it
+                raises ends the waiting: a thread that sleeps in the system's own waiting could not be interrupted.
+        """
         self.books.mkdir(parents=True, exist_ok=True)
         with (self.books / _LOCK).open("a+") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"{self.name}: waiting for another run")
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            is_first = True
+            while not _take(handle.fileno()):
+                on_wait(is_first)
+                is_first = False
+                time.sleep(0.1)
             yield handle.fileno()
 
     def built(self) -> Built | None:
@@ -130,6 +136,14 @@ class CellFolder:
             self.artifact.rename(old)
         self.work(key).rename(self.artifact)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _take(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def files_sha256(manifest: Manifest) -> str:

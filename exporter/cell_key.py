@@ -9,10 +9,12 @@ from dataclasses import asdict
 from typing import Any
 
 from gemma4_export.configs.matrix import Cell
+from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.models import other_checkpoint
-from gemma4_export.exporter.dependencies import source_hashes
+from gemma4_export.exporter.dependencies import file_hash, source_hashes
 from gemma4_export.exporter.file_hashes import FileHashes
 from gemma4_export.exporter.versions import package_versions
+from gemma4_export.plugins.compile import PLUGINS, library_sources
 
 Inputs = Mapping[str, str]
 """Name of an input -> hash of its content, or what it says."""
@@ -42,6 +44,28 @@ def inputs_of(cell: Cell, hashes: FileHashes) -> Inputs:
         **{f"version of {package}": version for package, version in package_versions().items()},
         **_code_inputs(cell),
     }
+
+
+def config_of(cell: Cell) -> ModelConfig | None:
+    """The model's; None: only the hub knows.
+
+    Raises:
+        CheckpointError, ConfigError: as `open_source`.
+    """
+    if cell.checkpoint is None:
+        return None if cell.released is None else cell.released.config
+    from gemma4_export.exporter.source import open_source
+
+    with open_source(cell.checkpoint) as source:
+        return source.config
+
+
+def holds_plugins(cell: Cell) -> bool:
+    """Whether engines are compiled with our kernels in them: those of routed experts."""
+    if not cell.compiles_engines:
+        return False
+    config = config_of(cell)
+    return config is None or config.layers[0].moe is not None
 
 
 def key_of(inputs: Inputs) -> str:
@@ -76,7 +100,11 @@ def _hub_ids(cell: Cell) -> list[str]:
 def _code_inputs(cell: Cell) -> dict[str, str]:
     others = {*_OF_DOWNLOADS, *(_OF_CPU if cell.has_engines else _OF_ENGINES)}
     others.add("exporter.source" if cell.has_dummy_weights else "exporter.dummy")
-    return source_hashes(["exporter.requested"], without=others)
+    kernels = library_sources() if holds_plugins(cell) else []
+    return {
+        **source_hashes(["exporter.requested"], without=others),
+        **{f"plugins/{path.relative_to(PLUGINS).as_posix()}": file_hash(path) for path in kernels},
+    }
 
 
 def _hash_of(value: Any) -> str:

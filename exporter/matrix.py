@@ -22,10 +22,11 @@ from gemma4_export.configs.errors import ConfigError, Gemma4Error
 from gemma4_export.configs.matrix import Cell
 from gemma4_export.configs.models import ReleasedModel
 from gemma4_export.exporter.cell_folder import BOOKS, Built, CellFolder, files_sha256
-from gemma4_export.exporter.cell_key import Inputs, changes, inputs_of, key_of
+from gemma4_export.exporter.cell_key import Inputs, changes, config_of, holds_plugins, inputs_of, key_of
 from gemma4_export.exporter.child import VerifyLevel, verify_in_child
 from gemma4_export.exporter.file_hashes import FileHashes
 from gemma4_export.exporter.package import partial_of
+from gemma4_export.plugins.compile import ensure_library
 
 State = Literal["built", "up to date", "to build", "skipped", "failed"]
 Say = Callable[[str], None]
@@ -74,8 +75,7 @@ class Builds:
         command = [sys.executable, "-m", "gemma4_export.exporter", "build", *arguments]
         with log.open("wb") as words:
             with self._lock:
-                if self._is_stopped:
-                    raise _CellEndError("failed", "interrupted")
+                self.check_running()
                 build = subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT, pass_fds=(held,))
                 self._running.add(build)
             try:
@@ -83,6 +83,11 @@ class Builds:
             finally:
                 with self._lock:
                     self._running.discard(build)
+
+    def check_running(self) -> None:
+        """Raise _CellEndError once `stop` was called."""
+        if self._is_stopped:
+            raise _CellEndError("failed", "interrupted")
 
     def stop(self) -> None:
         """End all, and start no more."""
@@ -117,7 +122,7 @@ class MatrixRun:
         try:
             if dry:
                 return self._look(cell, folder, result)[0]
-            with folder.locked(self.say) as lock:
+            with folder.locked(lambda is_first: self._wait(cell, is_first)) as lock:
                 result, inputs = self._look(cell, folder, result)
                 if result.state == "to build":
                     self.say(f"{cell.name}: building, {result.reason}")
@@ -133,6 +138,11 @@ class MatrixRun:
             f"{cell.name}: {result.state}" + (f": {result.reason}" if result.state in ("skipped", "failed") else "")
         )
         return result
+
+    def _wait(self, cell: Cell, is_first: bool) -> None:
+        self.builds.check_running()
+        if is_first:
+            self.say(f"{cell.name}: waiting for another run")
 
     def _look(self, cell: Cell, folder: CellFolder, result: Result) -> tuple[Result, Inputs]:
         """Whether the artifact is there, and why not."""
@@ -164,6 +174,8 @@ class MatrixRun:
         folder.prune(result.key)
         manifest = folder.finished(result.key)
         if manifest is None:
+            if holds_plugins(cell):
+                ensure_library(self.say)
             code = self.builds.run(_build_arguments(cell, folder.work(result.key)), folder.log, held=lock)
             manifest = folder.finished(result.key)
             if code != 0 or manifest is None:
@@ -257,25 +269,19 @@ def _check_fits(cell: Cell) -> None:
     Raises:
         _CellEndError: weights, KV and scratch need more memory than the target has.
     """
-    if cell.target.memory_bytes is None or (cell.checkpoint is None and cell.released is None):
+    config = None if cell.target.memory_bytes is None else config_of(cell)
+    if config is None:
         return
     from gemma4_export.exporter.plan import check_fits, make_plan, resolve_plan
-    from gemma4_export.exporter.source import open_source
 
-    released = cell.released
-    if released is None:
-        assert cell.checkpoint is not None
-        with open_source(cell.checkpoint) as source:
-            released = ReleasedModel(
-                name=cell.model, title="", hub_id="", checkpoint_bytes=0, config=source.config, qat=None
-            )
+    released = cell.released or ReleasedModel(
+        name=cell.model, title="", hub_id="", checkpoint_bytes=0, config=config, qat=None
+    )
     # dummy: what a download would take is not asked here
     options = resolve_plan(
         released, target=cell.target, recipe=cell.recipe, dummy=True, context=cell.context, chunk=cell.chunk
     )
-    plan = make_plan(released, options)
-    if not plan.fits:
-        try:
-            check_fits(plan, released, options)
-        except ConfigError as error:
-            raise _CellEndError("skipped", error.cause, error.hint or "") from error
+    try:
+        check_fits(make_plan(released, options), released, options)
+    except ConfigError as error:
+        raise _CellEndError("skipped", error.cause, error.hint or "") from error

@@ -43,4 +43,5 @@ def _row(result: Result) -> tuple[str, ...]:
 
 def _count(results: Sequence[Result]) -> str:
     counts = Counter(result.state for result in results)
-    return f"{len(results)} artifacts: " + ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
+    noun = "artifact" if len(results) == 1 else "artifacts"
+    return f"{len(results)} {noun}: " + ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))

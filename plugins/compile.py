@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib.util
 import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gemma4_export.configs.errors import ArtifactError
 
-LIBRARY = Path(__file__).parent / "lib" / "libgemma4_plugins.so"
+PLUGINS = Path(__file__).parent
+LIBRARY = PLUGINS / "lib" / "libgemma4_plugins.so"
 """Where `main` puts it and where builds look for it."""
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_120", "compute_120")
 """Machine code for these, and code that newer GPUs translate; sm_80 runs on 8.6 and 8.7 as well."""
-_MOE = Path(__file__).parent / "moe"
+_MOE = PLUGINS / "moe"
+_HEADERS = (_MOE, PLUGINS / "common")
 _SOURCES = tuple(_MOE / name for name in ("trt_plugin.cpp", "ort_op.cpp", "kernel_cpu.cpp", "kernel_cuda.cu"))
+
+
+def library_sources() -> list[Path]:
+    """Every file that the library is made from, this one with its options included."""
+    headers = (path for folder in _HEADERS for path in folder.iterdir() if path.suffix in (".h", ".cuh"))
+    return [*_SOURCES, *sorted(headers), Path(__file__)]
+
+
+def ensure_library(say: Callable[[str], None]) -> None:
+    """Compile `LIBRARY` unless it was made from the sources as they are; of two processes the second one waits.
+
+    Raises:
+        ArtifactError: as `compile_library`.
+    """
+    LIBRARY.parent.mkdir(exist_ok=True)
+    with LIBRARY.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made_from = _made_from(LIBRARY)
+        if LIBRARY.is_file() and made_from.is_file() and made_from.read_text(encoding="utf-8") == _sources_sha256():
+            return
+        say(f"compiling {LIBRARY.name}: minutes, once for these sources")
+        compile_library(LIBRARY)
+
+
+def _made_from(library: Path) -> Path:
+    """The file that says from which sources ``library`` was made."""
+    return library.with_suffix(".sources")
+
+
+def _sources_sha256() -> str:
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in library_sources())).hexdigest()
 
 
 def find_nvcc() -> tuple[Path, Path]:
@@ -47,6 +82,8 @@ def compile_library(
     """
     nvcc, libraries = find_nvcc()
     out.parent.mkdir(parents=True, exist_ok=True)
+    _made_from(out).unlink(missing_ok=True)
+    sources = _sources_sha256()
     codes = [f"-gencode=arch={a.replace('sm_', 'compute_')},code={a}" for a in architectures]
     command = [
         *(str(nvcc), "-std=c++17", "-shared", "-cudart=static", "--threads=2", *options, *codes),
@@ -59,6 +96,7 @@ def compile_library(
         lines = (done.stderr or done.stdout).strip().splitlines()
         first = next((line for line in lines if "error" in line), lines[0] if lines else "nothing said")
         raise ArtifactError(f"{nvcc} does not compile the plugins: {first}", hint="CUDA 13.0 and a C++17 compiler do")
+    _made_from(out).write_text(sources, encoding="utf-8")
 
 
 def main() -> None:

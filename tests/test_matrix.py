@@ -25,7 +25,7 @@ import pytest
 import tiny
 from hub_server import HubServer, only_hub
 
-from gemma4_export.configs.errors import CheckpointError, ConfigError
+from gemma4_export.configs.errors import ArtifactError, CheckpointError, ConfigError
 from gemma4_export.configs.manifest import LOCK_NAME
 from gemma4_export.configs.matrix import DEFAULT_MATRIX, Cell, load_matrix, one_cell
 from gemma4_export.configs.toml import line_of
@@ -36,6 +36,7 @@ from gemma4_export.exporter.dependencies import source_hashes
 from gemma4_export.exporter.file_hashes import FileHashes
 from gemma4_export.exporter.matrix import Builds, Result, exit_code, run_matrix
 from gemma4_export.exporter.matrix_table import markdown_lines, text_lines
+from gemma4_export.plugins import compile as compiler
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The file
@@ -190,6 +191,56 @@ def test_a_cell_depends_on_the_code_that_makes_it_and_on_no_other(tmp_path):
     assert {name: on.get(name) for name in expected} == expected
     assert not code & {"exporter/hub.py", "exporter/plan.py", "exporter/matrix.py", "exporter/commands/build.py"}
     assert not any(name.startswith("runtime/sampling") for name in code)
+
+
+def test_engines_with_our_kernels_depend_on_their_sources_and_nothing_else_does(tmp_path):
+    """The kernels of routed experts are in the engines of models that have them, where these are compiled here."""
+
+    def kernels(**changes: Any) -> set[str]:
+        return {name for name in inputs(cell(**changes), tmp_path) if name.endswith((".cu", ".cuh", ".cpp", ".h"))}
+
+    found = kernels(model="26b-a4b", target="rtx4090")
+    assert {"plugins/moe/kernel_cuda.cu", "plugins/moe/kernel_common.cuh", "plugins/common/tensorrt_plugin.h"} <= found
+    assert not any("driver" in name for name in found)  # no part of the library
+    moe = {"model": None, "checkpoint": tiny.checkpoint("26b-a4b"), "has_dummy_weights": False}
+    assert kernels(**moe, target="rtx4090") == found
+    assert kernels(**moe, target="rtx4090", engines="later") == kernels(**moe) == kernels(target="rtx4090") == set()
+
+
+def test_what_the_library_of_plugins_includes_is_among_its_sources():
+    sources = {path.name for path in compiler.library_sources()}
+    for path in compiler.library_sources():
+        included = re.findall(r'^#include "(?:[\w./]*/)?([\w.]+)"', path.read_text(encoding="utf-8"), flags=re.M)
+        assert set(included) <= sources, path
+
+
+def test_the_library_of_plugins_is_compiled_when_its_sources_changed(tmp_path, monkeypatch):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\necho run >>"$0.log"\nfor last; do :; done\necho library >"$last"\n', encoding="utf-8")
+    nvcc.chmod(0o755)
+    source = tmp_path / "kernel.cu"
+    source.write_text("one", encoding="utf-8")
+    monkeypatch.setattr(compiler, "LIBRARY", tmp_path / "lib" / "plugins.so")
+    monkeypatch.setattr(compiler, "find_nvcc", lambda: (nvcc, tmp_path))
+    monkeypatch.setattr(compiler, "library_sources", lambda: [source])
+
+    def runs() -> int:
+        compiler.ensure_library(lambda line: None)
+        return len((tmp_path / "nvcc.log").read_text(encoding="utf-8").splitlines())
+
+    assert runs() == 1
+    assert runs() == 1
+    source.write_text("two", encoding="utf-8")
+    assert runs() == 2
+    compiler.LIBRARY.unlink()
+    assert runs() == 3
+    nvcc.write_text('#!/bin/sh\necho run >>"$0.log"\nexit 1\n', encoding="utf-8")
+    source.write_text("three", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="does not compile the plugins"):
+        runs()
+    source.write_text("two", encoding="utf-8")  # the library of these is there, but nvcc may have written into it
+    with pytest.raises(ArtifactError, match="does not compile the plugins"):
+        runs()
 
 
 @pytest.mark.parametrize("module", [*cell_key._OF_CPU, *cell_key._OF_ENGINES, *cell_key._OF_DOWNLOADS])
@@ -551,7 +602,7 @@ def test_the_command_and_its_summary(command, built_with, tmp_path, monkeypatch)
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     code, shown = command("--model e2b --weights dummy --target cpu --recipe int4")
     assert code == 0
-    assert shown.splitlines()[-1] == "1 artifacts: 1 built"
+    assert shown.splitlines()[-1] == "1 artifact: 1 built"
     assert (tmp_path / "artifacts" / "e2b-cpu-int4" / "manifest.json").is_file()
     assert summary.read_text(encoding="utf-8").startswith("before\n### Artifacts\n")
     write_matrix(tmp_path, f'{HEAD}[models.31b]\nweights = "dummy"\nrecipes = ["bf16"]\n')
@@ -607,6 +658,23 @@ def test_a_runner_that_is_told_to_end_takes_its_builds_with_it(tmp_path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         runner.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_runner_that_waits_for_another_can_be_ended(tmp_path, number):
+    line = ["--model", "e2b", "--weights", "dummy", "--target", "cpu", "--recipe", "int4", "--out", str(tmp_path)]
+    books = tmp_path / BOOKS / "e2b-cpu-int4"
+    books.mkdir(parents=True)
+    with (books / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, "-m", "gemma4_export.exporter", "matrix", *line]
+        runner = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert runner.stderr is not None
+        assert runner.stderr.readline() == "e2b-cpu-int4: waiting for another run\n"
+        runner.send_signal(number)
+        _, words = runner.communicate(timeout=30)
+        assert runner.returncode not in (0, -signal.SIGKILL)
+        assert "Traceback" not in words
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
