@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gemma4_export.configs.errors import ArtifactError, ContractError, nearest
-from gemma4_export.configs.manifest import LOCK_NAME, MANIFEST_NAME, FileEntry, Manifest
+from gemma4_export.configs.manifest import ENGINES_FOLDER, LOCK_NAME, MANIFEST_NAME, FileEntry, Manifest
 
 # Hashing runs at about 2 GB/s: files up to this size cost load at most 30 ms each, weights can take minutes.
 SMALL_FILE_BYTES = 64 << 20
@@ -25,11 +25,12 @@ class Artifact:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path, *, check: Check = "small") -> Artifact:
+    def open(cls, folder: str | Path, *, check: Check = "small", with_engines: bool = True) -> Artifact:
         """Read the manifest and check the files.
 
         Args:
             check: "small" compares every size and hashes files up to 64 MiB; "full" hashes the weights as well.
+            with_engines: False leaves engines unchecked: they are about to be compiled.
         Raises:
             ArtifactError: no artifact, of another format, damaged, or naming files outside its folder.
             ContractError: ``folder`` is no path or an empty one, or ``check`` is neither of its values.
@@ -55,6 +56,8 @@ class Artifact:
             raise ArtifactError(f"{path}: not UTF-8 ({error.reason})", hint=_FETCH_AGAIN) from error
         artifact = cls(folder, manifest)
         for name, entry in manifest.files.items():
+            if name.startswith(f"{ENGINES_FOLDER}/") and not with_engines:
+                continue
             artifact._check_file(name, entry, hashes=check == "full" or entry.bytes <= SMALL_FILE_BYTES)
         return artifact
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,23 @@ def check_output(option: str, path: Path, suffix: str) -> None:
         raise ConfigError(f"{option} {path}: a folder, not a file", hint=f"{option} {path / 'report'}{suffix}")
     if not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: no folder {path.parent}", hint=f"mkdir -p '{path.parent}'")
+
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]i?)?B?")
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """12GB, 11.5GiB, 800MB or a plain number of bytes.
+
+    Raises:
+        ConfigError: none of these, or no bytes at all.
+    """
+    match = _BYTES.fullmatch(text.strip())
+    base, unit = (1024 if match and match[2] and "i" in match[2] else 1000), (match[2] or "" if match else "")
+    number = int(float(match[1]) * base ** " kMG".index(unit[:1] or " ")) if match else 0
+    if number < 1:
+        raise ConfigError(f"{option} {text!r}: not a number of bytes", hint=f"{option} 12GB")
+    return number
 
 
 def run(command: Callable[[], object]) -> None:

@@ -6,7 +6,8 @@
 * ``sha256`` is that of the file without this key. A reader refuses a file that is not, byte for byte, what it would
   write of the same values: a flipped bit in a RoPE frequency would change every answer and contradict nothing.
 * Every path is relative, with forward slashes, and lies inside the folder.
-* ``files`` lists every immutable file with its size and sha256. Engines and reports are added later and are not listed.
+* ``files`` lists every file with its size and sha256, but for build logs and reports, which are added later. Compiling
+  engines adds theirs and writes the manifest anew.
 * Tables are row-major regions of listed files; graphs name their inputs and outputs as ``configs/names.py`` does.
 """
 
@@ -26,8 +27,11 @@ from gemma4_export import __version__
 from gemma4_export.configs.errors import ArtifactError, ConfigError
 from gemma4_export.configs.formats import WeightFormat
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST_NAME = "manifest.json"
+ENGINES_FOLDER = "engines"
+ENGINE_NAME, RECORD_NAME = "model.engine", "engine.json"
+"""A compiled engine and what it was built from, in a folder of its own below `ENGINES_FOLDER`."""
 LOCK_NAME = ".gemma4-export.lock"
 """Lies in a folder as long as it is being built, and for good when that build was killed."""
 
@@ -187,6 +191,18 @@ class GroupEntry:
     inputs: list[str]
     outputs: list[str]
     profiles: dict[str, dict[str, list[list[int]]]]
+    engine: str | None
+    """The folder of its engine, such as ``engines/0123``; None: not compiled yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledEntry:
+    """What the engines were compiled by and for; the groups name their folders."""
+
+    library_version: str
+    """Engines load into this version of the backend's library only."""
+    compute_capabilities: list[str]
+    """GPUs that each engine runs on, such as "8.9"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +215,13 @@ class EnginesEntry:
     experts: Literal["plugin", "builtin"]
     """Who computes Gemma4MoE nodes, where there are any."""
     phases: dict[str, list[GroupEntry]]
+    compiled: CompiledEntry | None
+    """None: only what engines are compiled from is here."""
+
+    @property
+    def groups(self) -> list[GroupEntry]:
+        """Of all phases, in order."""
+        return [group for groups in self.phases.values() for group in groups]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +292,9 @@ class Manifest:
         if manifest.embed_tokens_per_layer:
             paths.append(manifest.embed_tokens_per_layer.file)
         if manifest.engines:
-            paths += [group.file for groups in manifest.engines.phases.values() for group in groups]
+            groups = manifest.engines.groups
+            paths += [group.file for group in groups]
+            paths += [f"{g.engine}/{name}" for g in groups if g.engine for name in (ENGINE_NAME, RECORD_NAME)]
         for path in paths:
             check_inside(path)
             if path not in manifest.files:
@@ -324,12 +349,17 @@ def check_inside(path: str) -> None:
 def _check_numbers(manifest: Manifest) -> None:
     """Raise ArtifactError where two entries contradict each other, before a buffer is sized by one of them."""
     model, kv, context, chunk = manifest.model, manifest.kv, manifest.context, manifest.chunk
+    engines = manifest.engines
     slots = 0 if kv.sliding_window is None else kv.sliding_window - 1 + chunk
     thetas = [rope.theta for rope in (manifest.rope_sliding, manifest.rope_global) if rope is not None]
     promises = [
         (min(thetas) > 0, f"rope theta {min(thetas)}: expected above 0"),
         (context <= model.max_position_embeddings, f"context {context} of {model.max_position_embeddings} positions"),
-        ("decoder" in manifest.graphs or manifest.engines is not None, "graphs: no decoder"),
+        ("decoder" in manifest.graphs or engines is not None, "graphs: no decoder"),
+        (
+            engines is None or all((group.engine is None) == (engines.compiled is None) for group in engines.groups),
+            "engines: every group has one, or none has and nothing was compiled",
+        ),
         (1 <= chunk <= context, f"chunk {chunk} of context {context}: expected 1 <= chunk <= context"),
         (kv.sliding_window != 0 and kv.global_bucket > 0, "kv: sliding_window and global_bucket must be above 0"),
         (

@@ -67,7 +67,7 @@ _ENGINE_ACTIVATIONS: dict[FloatType, Literal["fp32", "fp16", "bf16"]] = {
     "bfloat16": "bf16",
 }
 
-Stage = Literal["download", "trace", "weights", "oracle", "package"]
+Stage = Literal["download", "trace", "weights", "oracle", "package", "engines"]
 OnProgress = Callable[[Stage, str, int, int], None]
 """Called with stage, what is being done, and done and total units (bytes for download and weights, steps otherwise)."""
 
@@ -155,9 +155,19 @@ def resolve_lengths(config: ModelConfig, target: Target, *, context: int | None,
     return context, chunk
 
 
-def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_progress: OnProgress) -> Manifest:
+def build_artifact(
+    source: WeightSource,
+    options: BuildOptions,
+    out: Path,
+    on_progress: OnProgress,
+    *,
+    finish: Callable[[Path], Manifest] | None = None,
+) -> Manifest:
     """Build ``out`` from an opened source, whole or not at all; equal inputs give equal bytes.
 
+    Args:
+        finish: called with the work folder before it becomes ``out``: compiles engines there and returns the manifest
+            that lists them. What it raises leaves the folder for the same build to go on.
     Raises:
         ConfigError: ``out`` exists or is being written, the disk is too small, or a tokenizer file is missing.
         CheckpointError: a weight file is damaged.
@@ -215,6 +225,8 @@ def build_artifact(source: WeightSource, options: BuildOptions, out: Path, on_pr
         with naming(work / MANIFEST_NAME):
             (work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         on_progress("package", "done", 1, 1)
+        if finish is not None:
+            manifest = finish(work)
     return manifest
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from gemma4_export.configs import errors
+from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.configs.manifest import MANIFEST_NAME, Manifest
+from gemma4_export.configs.target import Target
+
+OnEngine = Callable[[str, int, int], None]
+"""Called with a line about each engine as it is there, and how many of how many are."""
 VerifyLevel = Literal["layers", "full"]
 
 
@@ -27,3 +36,55 @@ def verify_in_child(folder: Path, level: VerifyLevel) -> Verdict:
         at = ended.stderr.rfind("error: ")  # without its progress
         return Verdict(False, None, ended.stderr[max(at, 0) :])
     return Verdict(ended.returncode == 0, json.loads(ended.stdout)["verdict"], "")
+
+
+def check_engine_builder(target: Target, *, needs_plugins: bool) -> None:
+    """Refuse now a target whose engines nothing here can compile, not when the weights are written.
+
+    Raises:
+        ArtifactError: no builder, one of another version, or no plugins.
+    """
+    request = {
+        "backend": target.built_backend,
+        "compute_capability": target.compute_capability,
+        "plugins": needs_plugins,
+    }
+    try:
+        for _ in _ask_engine_builder(request):
+            pass
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"target {target.name}: {error.cause}",
+            hint=f"{error.hint}; or --engines later here, and gemma4-run build ARTIFACT where it can",
+        ) from error
+
+
+def compile_engines(folder: Path, *, memory_bytes: int | None, on_engine: OnEngine) -> Manifest:
+    """Compile what was written into ``folder``; returns its manifest, which lists the engines now.
+
+    Raises:
+        ArtifactError, ConfigError, ContractError: as ``runtime/engine/artifact.py`` raises them.
+    """
+    for said in _ask_engine_builder({"folder": str(folder), "memory_bytes": memory_bytes}):
+        on_engine(said["line"], said["done"], said["total"])
+    return Manifest.from_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+
+
+def _ask_engine_builder(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The answers of ``python -m gemma4_export.runtime.engine`` but for the last one."""
+    command = [sys.executable, "-m", "gemma4_export.runtime.engine", json.dumps(request)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        said: dict[str, Any] = {"line": ""}
+        for line in child.stdout:
+            said = json.loads(line)
+            if "line" in said:
+                yield said
+    if "error" in said:
+        error = said["error"]
+        raise getattr(errors, error["kind"])(error["cause"], hint=error["hint"])
+    if said or child.returncode:
+        raise ArtifactError(
+            f"{shlex.join(command[:3])} ended without an answer (exit code {child.returncode})",
+            hint="run the same build again: what is finished is kept",
+        )

@@ -64,6 +64,7 @@ def write_engine_graphs(
         float_type=target.float_type,
         experts=target.experts,
         phases=phases,
+        compiled=None,
     )
 
 
@@ -93,6 +94,7 @@ def _write(group: Group, name: str, profiles: tuple[Profile, ...], folder: Path)
         inputs=list(inputs),
         outputs=[str(value.name) for value in group.model.graph.outputs],
         profiles={profile.name: _shapes(inputs, profile) for profile in profiles},
+        engine=None,
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gemma4_export.configs.errors import CheckpointError, ConfigError
 from gemma4_export.configs.evidence import GRAPHS_FOLDER
-from gemma4_export.configs.manifest import LOCK_NAME, MANIFEST_NAME, FileEntry
+from gemma4_export.configs.manifest import ENGINES_FOLDER, LOCK_NAME, MANIFEST_NAME, FileEntry
 from gemma4_export.exporter.weights import WEIGHTS_FOLDER
 from gemma4_export.exporter.write import JOURNAL_NAME, num_finished
 
@@ -101,18 +101,24 @@ def _take_back(out: Path, work: Path) -> None:
 
 
 def _remove_what_is_redone(work: Path) -> None:
-    """Of a killed build only the journal and the weight files that it describes are worth keeping."""
-    kept, weights = (work / LOCK_NAME, work / JOURNAL_NAME, work / GRAPHS_FOLDER), work / WEIGHTS_FOLDER
+    """Of a killed build the journal, the weight files that it describes and engines are worth keeping.
+
+    Engines are named by what they were built from, so that none of another build is ever taken.
+    """
+    kept = (work / LOCK_NAME, work / JOURNAL_NAME, work / GRAPHS_FOLDER, work / ENGINES_FOLDER)
+    weights = work / WEIGHTS_FOLDER
     for leftover in (*work.glob("*"), *(work / GRAPHS_FOLDER).glob("*")):
         if leftover not in kept and leftover != weights:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def hash_files(work: Path, known: dict[str, FileEntry]) -> dict[str, FileEntry]:
-    """Size and sha256 of every file in ``work``, those in ``known`` taken from there."""
+    """Size and sha256 of every file in ``work`` but engines, those in ``known`` taken from there."""
     entries = dict(known)
     for path in sorted(work.rglob("*")):
         name = path.relative_to(work).as_posix()
+        if name.startswith(f"{ENGINES_FOLDER}/"):  # a killed build's; compiling lists those that are still right
+            continue
         if path.is_file() and name not in (LOCK_NAME, JOURNAL_NAME) and name not in entries:
             entries[name] = hash_file(path)
     return entries

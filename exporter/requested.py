@@ -16,6 +16,7 @@ from gemma4_export.configs.names import decoder_tensors
 from gemma4_export.configs.recipe import Recipe
 from gemma4_export.configs.target import Target
 from gemma4_export.exporter.build import BuildOptions, OnProgress, build_artifact, resolve_options
+from gemma4_export.exporter.child import check_engine_builder, compile_engines
 from gemma4_export.exporter.dummy import DummySource
 from gemma4_export.exporter.engine_graphs import Experts
 from gemma4_export.exporter.hub import download
@@ -42,6 +43,10 @@ class BuildRequest:
     context: int | None = None
     chunk: int | None = None
     experts: Experts = "plugin"
+    compiles_engines: bool = True
+    """Of a target that runs engines; False: write what they are compiled from."""
+    build_memory_bytes: int | None = None
+    """What compiling may take; None: what is free."""
 
     @property
     def name(self) -> str:
@@ -83,10 +88,31 @@ def build_requested(request: BuildRequest, on_progress: OnProgress, say: Callabl
         say: called with a line to keep, empty where there is nothing to tell.
     Raises:
         ConfigError, CheckpointError: as `build_artifact`, `open_source` and `download`.
+        ArtifactError: nothing here can compile the target's engines, or compiling them failed.
     """
     with contextlib.ExitStack() as stack:
         source = _open(request, stack, on_progress, say)
-        return build_artifact(source, request.options(source.config), request.folder, on_progress)
+        options = request.options(source.config)
+        finish = None
+        if options.has_engines and request.compiles_engines:
+            _check_builder(request, source.config)
+            finish = functools.partial(_compile, request, on_progress, say)
+        return build_artifact(source, options, request.folder, on_progress, finish=finish)
+
+
+def _check_builder(request: BuildRequest, config: ModelConfig) -> None:
+    has_experts = config.layers[0].moe is not None
+    check_engine_builder(request.target, needs_plugins=has_experts and request.experts == "plugin")
+
+
+def _compile(request: BuildRequest, on_progress: OnProgress, say: Callable[[str], None], work: Path) -> Manifest:
+    on_progress("engines", "", 0, 1)
+
+    def on_engine(line: str, done: int, total: int) -> None:
+        say(line)
+        on_progress("engines", f"{done} of {total}", done, total)
+
+    return compile_engines(work, memory_bytes=request.build_memory_bytes, on_engine=on_engine)
 
 
 def _open(
@@ -114,9 +140,11 @@ def _download(
     say(wanted.note)
 
     def check_before_weights(config: ModelConfig, cache: Path, download_bytes: int) -> None:
-        packing = request.options(config).packing
+        options = request.options(config)
+        if options.has_engines and request.compiles_engines:
+            _check_builder(request, config)
         check_room(
-            place_weights(decoder_tensors(config).values(), recipe, packing=packing),
+            place_weights(decoder_tensors(config).values(), recipe, packing=options.packing),
             partial_of(request.folder),
             oracle_bytes=oracle_bytes(config),
             cache=cache,

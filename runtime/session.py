@@ -42,9 +42,10 @@ def open_session(
     graph = artifact.manifest.graphs.get("decoder")
     if graph is None:
         assert artifact.manifest.engines is not None  # the manifest was checked: it has one or the other
+        state = "not compiled yet" if artifact.manifest.engines.compiled is None else "built"
         raise ArtifactError(
-            f"{artifact.folder}: for {artifact.manifest.engines.backend} engines; this version cannot run them yet, "
-            f"only {RUN_BACKEND}",
+            f"{artifact.folder}: {artifact.manifest.engines.backend} engines are {state}; this version cannot run them "
+            f"yet, only {RUN_BACKEND}",
             hint="build the model for --target cpu",
         )
     if graph.backend != RUN_BACKEND:

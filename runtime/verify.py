@@ -59,7 +59,9 @@ def verify(
     chosen = _check_backend(manifest, backend)
     with open_oracle(artifact) as oracle:
         verification = _Verification(artifact, oracle, activations, say)
-        taps = [*verification.tables(), *verification.layers(), *verification.head()]
+        taps = [*verification.tables()]
+        if manifest.verify.graphs:
+            taps += [*verification.per_layer_inputs(), *verification.layers(), *verification.head()]
         reason = verification.reason_not_to_run(level)
         whole = [] if reason else verification.whole()
         prompts, tokens = oracle.ids.shape
@@ -82,8 +84,11 @@ def verify(
 
 
 def _check_backend(manifest: Manifest, backend: str | None) -> str:
-    check_graphs(manifest)
-    packed = sorted({graph.backend for graph in manifest.verify.graphs.values()})
+    if manifest.engines is None:
+        check_graphs(manifest)
+        packed = sorted({graph.backend for graph in manifest.verify.graphs.values()})
+    else:
+        packed = [manifest.engines.backend]
     if backend is not None and backend not in packed:
         raise ConfigError(
             f"--backend {backend}: this artifact was packed for {', '.join(packed)}", hint=f"--backend {packed[0]}"
@@ -103,7 +108,7 @@ class _Verification:
         self.prompts, self.tokens = oracle.ids.shape
 
     def tables(self) -> Iterator[TapDrift]:
-        """The rows that the host gathers, and with PLE what the decoder makes of them for each layer."""
+        """The rows that the host gathers, whatever runs the layers."""
         manifest, model = self.manifest, self.manifest.model
         wanted = self.oracle.tensor("inputs_embeds", self.prompts, self.tokens, model.hidden_size)
         table = EmbeddingTable(self.artifact, manifest.embed_tokens)
@@ -111,9 +116,22 @@ class _Verification:
         yield self._compare("inputs_embeds", None, "embedding", [found], wanted, bound=bound_of(0))
         if manifest.embed_tokens_per_layer is None:
             return
-        self.say("per-layer inputs")
         rows = EmbeddingTable(self.artifact, manifest.embed_tokens_per_layer).gather(self.oracle.ids.ravel())
         shape = (self.prompts, self.tokens, model.num_layers, model.hidden_size_per_layer_input)
+        given = self.oracle.tensor("per_layer_inputs", *shape)
+        for layer in range(model.num_layers):
+            one = (slice(None), slice(None), layer)
+            name, found_rows = f"layers.{layer}.ple_rows", [rows.reshape(shape)[one]]
+            yield self._compare(name, layer, "ple", found_rows, given[one], bound=bound_of(0))
+
+    def per_layer_inputs(self) -> Iterator[TapDrift]:
+        """With PLE, what the decoder makes of its rows for each layer."""
+        model = self.manifest.model
+        if self.manifest.embed_tokens_per_layer is None:
+            return
+        self.say("per-layer inputs")
+        shape = (self.prompts, self.tokens, model.num_layers, model.hidden_size_per_layer_input)
+        wanted = self.oracle.tensor("inputs_embeds", self.prompts, self.tokens, model.hidden_size)
         given = self.oracle.tensor("per_layer_inputs", *shape)
         merged = self.oracle.tensor("merged_per_layer_inputs", *shape)
         found_merged = self._run_graph(
@@ -122,12 +140,9 @@ class _Verification:
         )["merged_per_layer_inputs"]
         for layer in range(model.num_layers):
             one = (slice(None), slice(None), layer)
-            name = f"layers.{layer}"
-            found_rows = [rows.reshape(shape)[one]]
-            yield self._compare(f"{name}.ple_rows", layer, "ple", found_rows, given[one], bound=bound_of(0))
             bound = self.oracle.bound("merged_per_layer_inputs")
             found_inputs = [values[one] for values in found_merged]
-            yield self._compare(f"{name}.ple_inputs", layer, "ple", found_inputs, merged[one], bound=bound)
+            yield self._compare(f"layers.{layer}.ple_inputs", layer, "ple", found_inputs, merged[one], bound=bound)
 
     def layers(self) -> Iterator[TapDrift]:
         """Every tap of every layer."""
@@ -159,6 +174,8 @@ class _Verification:
 
     def reason_not_to_run(self, level: Level) -> str | None:
         """Why the whole model is not run; None: it is."""
+        if self.manifest.engines is not None:
+            return "this version cannot run engines"
         if level == "layers":
             return "--level layers"
         kv = self.manifest.kv
@@ -281,6 +298,8 @@ def _log_softmax(logits: Array) -> Array:
 def _not_covered(manifest: Manifest, tokens: int, taps: Sequence[TapDrift], *, has_whole: bool) -> list[str]:
     """What this verification says nothing about, in words."""
     window, missing = manifest.kv.sliding_window, []
+    if manifest.engines is not None:
+        missing.append(f"every layer and the head: {manifest.engines.backend} engines by their hashes only")
     if window is not None and tokens <= window:
         missing.append(f"the sliding window: prompts of {tokens} tokens are not longer than its {window}")
     elif not has_whole:

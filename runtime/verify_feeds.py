@@ -22,7 +22,7 @@ def check_graphs(manifest: Manifest) -> None:
     model, graphs = manifest.model, manifest.verify.graphs
     if not graphs:
         raise ArtifactError(
-            "no graphs to verify with: this artifact is for engines, which this version cannot verify yet",
+            "no graphs to compare layers with: this artifact is for engines, which this version cannot run yet",
             hint="build the model for --target cpu",
         )
     needed = [f"layers.{index}" for index in range(min(model.num_layers, len(graphs) + 1))]

@@ -91,6 +91,11 @@ class Report:
         return next((tap for tap in self.taps if not tap.is_inside), None)
 
     @property
+    def has_layers(self) -> bool:
+        """Whether anything was computed; tables alone are read."""
+        return any(tap.role not in ("embedding", "ple") for tap in self.taps)
+
+    @property
     def passed(self) -> bool:
         return self.first_outside is None and all(one.is_inside for one in self.whole)
 
@@ -106,7 +111,8 @@ class Report:
                 bound = "finite" if one.bound is None else f"{one.bound:.2e}"
                 ids = "" if one.greedy_agrees else f", {one.greedy_agreement}"
                 return f"failed: every layer passes alone, the whole model drifts {one.drift:.2e}, bound {bound}{ids}"
-        return f"passed: {len(self.taps)} drifts inside their bounds, {self.files} files as recorded"
+        unseen = "" if self.has_layers else "; no layer was computed: engines cannot be run by this version"
+        return f"passed: {len(self.taps)} drifts inside their bounds, {self.files} files as recorded{unseen}"
 
     def to_json(self) -> str:
         """Everything, with ``passed``, ``verdict`` and ``first_outside`` spelt out; drifts that are inf become null."""

@@ -31,6 +31,7 @@ from gemma4_export.configs.manifest import (
     MANIFEST_NAME,
     CacheEntry,
     CensusEntry,
+    CompiledEntry,
     EnginesEntry,
     FileEntry,
     GraphEntry,
@@ -170,14 +171,18 @@ def fixed_manifest() -> Manifest:
                         inputs=["x"],
                         outputs=["top_logits"],
                         profiles={"decode": {"x": [[1, 1], [1, 2], [1, 3]]}},
+                        engine="engines/0123",
                     )
                 ]
             },
+            compiled=CompiledEntry(library_version="10.15.1", compute_capabilities=["9.0"]),
         ),
         not_packed=["model.vision_tower.a"],
         versions={"torch": "2.13.0"},
         sources={"config.json": FileEntry(bytes=7, sha256="c0ffee")},
         files={
+            "engines/0123/engine.json": FileEntry(bytes=4, sha256="33"),
+            "engines/0123/model.engine": FileEntry(bytes=6, sha256="44"),
             "graphs/decoder.onnx": FileEntry(bytes=3, sha256="00"),
             "oracle.safetensors": FileEntry(bytes=1, sha256="22"),
             "w/é.bin": FileEntry(bytes=320, sha256="11"),
@@ -227,12 +232,19 @@ GOLDEN = """\
  },
  "engines": {
   "backend": "tensorrt",
+  "compiled": {
+   "compute_capabilities": [
+    "9.0"
+   ],
+   "library_version": "10.15.1"
+  },
   "compute_capability": "9.0",
   "experts": "plugin",
   "float_type": "bfloat16",
   "phases": {
    "decoder": [
     {
+     "engine": "engines/0123",
      "file": "graphs/decoder.onnx",
      "first": 0,
      "inputs": [
@@ -266,6 +278,14 @@ GOLDEN = """\
   }
  },
  "files": {
+  "engines/0123/engine.json": {
+   "bytes": 4,
+   "sha256": "33"
+  },
+  "engines/0123/model.engine": {
+   "bytes": 6,
+   "sha256": "44"
+  },
   "graphs/decoder.onnx": {
    "bytes": 3,
    "sha256": "00"
@@ -279,7 +299,7 @@ GOLDEN = """\
    "sha256": "11"
   }
  },
- "format": 2,
+ "format": 3,
  "graphs": {
   "decoder": {
    "backend": "ort-cpu",
@@ -341,7 +361,7 @@ GOLDEN = """\
   "num_frequencies": 2,
   "theta": 10000.0
  },
- "sha256": "35b2ff181c2d4ab767f09c0d9bc262eba65e884a24f8480121885177a24df5dc",
+ "sha256": "a2223d15b47c596d182ff726567d598aff0a6cf57ce5b95dc5c88b75a79b26e0",
  "sources": {
   "config.json": {
    "bytes": 7,
@@ -507,6 +527,19 @@ def test_an_artifact_has_a_decoder_or_engines() -> None:
     assert caught.value.cause == "manifest.json: graphs: no decoder"
     engines_only = dataclasses.replace(fixed_manifest(), graphs={})
     assert Manifest.from_json(engines_only.to_json()) == engines_only
+
+
+def test_engines_are_all_compiled_and_listed_or_none_is() -> None:
+    whole = fixed_manifest()
+    assert whole.engines is not None
+    with pytest.raises(ArtifactError) as caught:
+        Manifest.from_json(
+            dataclasses.replace(whole, engines=dataclasses.replace(whole.engines, compiled=None)).to_json()
+        )
+    assert caught.value.cause == ("manifest.json: engines: every group has one, or none has and nothing was compiled")
+    files = {name: entry for name, entry in whole.files.items() if name != "engines/0123/model.engine"}
+    with pytest.raises(ArtifactError, match=r"engines/0123/model\.engine is used but not listed under files"):
+        Manifest.from_json(dataclasses.replace(whole, files=files).to_json())
 
 
 def test_a_changed_number_that_contradicts_nothing_is_told_from_damage() -> None:

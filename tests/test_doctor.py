@@ -467,6 +467,7 @@ def engines(
         float_type="bfloat16",
         experts="plugin",
         phases={"all": groups},
+        compiled=None,
     )
     return replace(manifest, graphs={}, engines=entry, model=replace(manifest.model, num_experts=num_experts))
 

@@ -22,7 +22,6 @@ from test_passes import described
 from tiny import STRUCTURES
 
 from gemma4_export.configs.artifact import Artifact
-from gemma4_export.configs.errors import ArtifactError
 from gemma4_export.configs.formats import FLOAT32, FP8
 from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.configs.target import engine_profiles
@@ -31,7 +30,6 @@ from gemma4_export.exporter.lower_tensorrt import EngineOptions, tensorrt_passes
 from gemma4_export.exporter.split_groups import _bounds
 from gemma4_export.exporter.weights import place_weights
 from gemma4_export.runtime import Gemma4
-from gemma4_export.runtime.verify import verify
 
 FIRST = ("e2b", "26b-a4b")
 every_structure = pytest.mark.parametrize(
@@ -235,24 +233,6 @@ def test_suppressed_ids_are_not_among_the_best():
     assert others[0, :61].tolist() == best[0, 3:].tolist()
     assert np.isfinite(values).all()
     assert smaller[0, 0] < total[0, 0]
-
-
-def test_an_artifact_for_engines_does_not_run_yet():
-    folder = engine_artifact(grid_checkpoint("26b-a4b", "int4"), "int4", float_type="bfloat16")
-    with pytest.raises(ArtifactError) as caught:
-        Gemma4.load(folder)
-    assert "for tensorrt-rtx engines; this version cannot run them yet, only ort-cpu" in caught.value.cause
-    assert caught.value.hint == "build the model for --target cpu"
-
-
-def test_an_artifact_for_engines_is_not_verified_yet():
-    folder = engine_artifact(grid_checkpoint("26b-a4b", "int4"), "int4", float_type="bfloat16")
-    with pytest.raises(ArtifactError) as caught:
-        verify(folder)
-    assert caught.value.cause == (
-        "no graphs to verify with: this artifact is for engines, which this version cannot verify yet"
-    )
-    assert caught.value.hint == "build the model for --target cpu"
 
 
 @pytest.mark.parametrize("recipe", ["int4", "int8"])

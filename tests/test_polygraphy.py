@@ -389,5 +389,5 @@ def test_an_oracle_of_another_shape_is_refused(copy):
 def test_an_artifact_without_these_graphs_is_refused(copy):
     folder = copy("12b", "int4")
     edit_manifest(folder, lambda values: values["verify"].update(graphs={}))
-    with pytest.raises(ArtifactError, match="no graphs to verify with"):
+    with pytest.raises(ArtifactError, match="no graphs to compare layers with"):
         verify_against(folder, "onnxruntime")

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from gemma4_export.configs.command_line import CHECK_FAILED
+from gemma4_export.configs.command_line import CHECK_FAILED, parse_bytes
 from gemma4_export.configs.errors import ConfigError
-from gemma4_export.configs.manifest import Manifest
+from gemma4_export.configs.manifest import EnginesEntry, Manifest
 from gemma4_export.configs.models import ReleasedModel, is_other, load_model
 from gemma4_export.configs.names import NOT_PACKED_PREFIXES
 from gemma4_export.configs.recipe import load_recipe
-from gemma4_export.configs.target import Target, check_buildable, check_recipe, load_target
+from gemma4_export.configs.target import check_buildable, check_recipe, load_target
 from gemma4_export.exporter.commands import options
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ def build(
     engines: Annotated[
         Engines | None, typer.Option(help="later: write what TensorRT engines are compiled from, and compile none.")
     ] = None,
+    build_memory: Annotated[
+        str | None, typer.Option(help="What compiling engines may take, e.g. 12GB.  [default: what is free]")
+    ] = None,
     experts: Annotated[
         Experts, typer.Option(help="Who computes routed experts in an engine: our plugin, or TensorRT's own ops.")
     ] = "plugin",
@@ -65,7 +68,10 @@ def build(
     chosen_target, chosen_recipe = load_target(target), load_recipe(recipe)
     check_buildable(chosen_target)
     check_recipe(chosen_target, chosen_recipe)
-    _check_engines(chosen_target, engines)
+    has_engines = chosen_target.built_backend != "ort-cpu"
+    if engines is not None and not has_engines:
+        raise ConfigError(f"--engines {engines}: target {target} has none", hint="leave --engines out")
+    memory_bytes = None if build_memory is None else parse_bytes("--build-memory", build_memory)
     origin = _origin(checkpoint, model, weights)
     from gemma4_export.exporter.commands.progress import BuildProgress
     from gemma4_export.exporter.requested import BuildRequest, build_requested
@@ -80,6 +86,8 @@ def build(
         context=context,
         chunk=chunk,
         experts=experts,
+        compiles_engines=engines is None,
+        build_memory_bytes=memory_bytes,
     )
     started = time.monotonic()
     with BuildProgress() as progress:
@@ -88,7 +96,7 @@ def build(
     if not as_json:
         _report(manifest, request.folder, seconds)
     verdict = None
-    if verify != "off" and manifest.engines is None:
+    if verify != "off":
         from gemma4_export.exporter.child import verify_in_child
 
         verdict = verify_in_child(request.folder, verify)
@@ -100,9 +108,8 @@ def build(
         print(unverified if verdict.text is None else f"verify {verify}: {verdict.text}")
     if verdict is not None and not verdict.passed:
         raise typer.Exit(CHECK_FAILED)
-    if manifest.engines is None and not as_json:
-        raw = "" if manifest.model.is_chat else "--raw "
-        print(f'next: gemma4-run generate {shlex.quote(str(request.folder))} {raw}--prompt "Hello"')
+    if not as_json:
+        print(_next_step(manifest, request.folder))
 
 
 def _origin(checkpoint: Path | None, model: str | None, weights: options.Weights) -> Path | ReleasedModel | str:
@@ -115,18 +122,6 @@ def _origin(checkpoint: Path | None, model: str | None, weights: options.Weights
         return checkpoint
     assert model is not None
     return model if is_other(model) else load_model(model)
-
-
-def _check_engines(target: Target, engines: Engines | None) -> None:
-    """Nobody is to take a folder without engines for one with them, or the other way round."""
-    if target.built_backend == "ort-cpu":
-        if engines is not None:
-            raise ConfigError(f"--engines {engines}: target {target.name} has none", hint="leave --engines out")
-    elif engines is None:
-        raise ConfigError(
-            f"target {target.name} runs {target.built_backend} engines; this version compiles none during a build",
-            hint=f"--target {target.name} --engines later writes the graphs, profiles and weights that they need",
-        )
 
 
 def summary(manifest: Manifest, folder: Path, seconds: float, verdict: Verdict | None) -> dict[str, Any]:
@@ -144,7 +139,7 @@ def summary(manifest: Manifest, folder: Path, seconds: float, verdict: Verdict |
         "not_packed": len(manifest.not_packed),
         "engines": []
         if manifest.engines is None
-        else sorted(group.file for phase in manifest.engines.phases.values() for group in phase),
+        else [{"graph": group.file, "engine": group.engine} for group in manifest.engines.groups],
         "verified": None if verdict is None else verdict.passed,
         "verdict": None if verdict is None else verdict.text,
     }
@@ -171,10 +166,25 @@ def _report(manifest: Manifest, folder: Path, seconds: float) -> None:
         if count:
             print(f"not packed by this version: {count} tensors of {prefix.removeprefix('model.').rstrip('.')}")
     if manifest.engines is not None:
-        groups = [group for phase in manifest.engines.phases.values() for group in phase]
-        largest = max(group.weight_bytes for group in groups)
-        print(
-            f"{len(groups)} engines to compile for {manifest.engines.backend}, compute capability "
-            f"{manifest.engines.compute_capability}, up to {largest / 1e9:.2f} GB of weights each; "
-            "nothing is verified"
-        )
+        _report_engines(manifest.engines)
+
+
+def _report_engines(engines: EnginesEntry) -> None:
+    largest = max(group.weight_bytes for group in engines.groups)
+    state = (
+        f"to compile for {engines.backend}, compute capability {engines.compute_capability}"
+        if engines.compiled is None
+        else f"for compute capability {', '.join(engines.compiled.compute_capabilities)} "
+        f"by {engines.backend} {engines.compiled.library_version}"
+    )
+    print(f"{len(engines.groups)} engines {state}, up to {largest / 1e9:.2f} GB of weights each")
+
+
+def _next_step(manifest: Manifest, folder: Path) -> str:
+    name = shlex.quote(str(folder))
+    if manifest.engines is None:
+        raw = "" if manifest.model.is_chat else "--raw "
+        return f'next: gemma4-run generate {name} {raw}--prompt "Hello"'
+    if manifest.engines.compiled is None:
+        return f"next: gemma4-run build {name}"
+    return "engines are built; this version cannot run them yet"

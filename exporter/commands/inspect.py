@@ -68,7 +68,8 @@ def _describe(manifest: Manifest) -> list[str]:
             for group in groups:
                 lines.append(
                     f"engine   {phase}, layers {group.first} to {group.last}, {group.weight_bytes / 1e6:.1f} MB: "
-                    f"{group.file} for {manifest.engines.backend} in {manifest.engines.float_type}"
+                    f"{group.file} for {manifest.engines.backend} in {manifest.engines.float_type}, "
+                    f"{'not compiled' if group.engine is None else f'compiled into {group.engine}'}"
                 )
     lines.append(f"oracle   {manifest.verify.oracle}, {len(manifest.verify.graphs)} graphs to verify with")
     for file, entry in sorted(manifest.files.items()):

@@ -19,6 +19,7 @@ _TITLES: dict[Stage, str] = {
     "weights": "writing weights",
     "oracle": "recording the oracle",
     "package": "packaging",
+    "engines": "compiling engines",
 }
 _IN_BYTES: tuple[Stage, ...] = ("download", "weights")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gemma4_export.configs.command_line import run
 from gemma4_export.configs.commands.app import make_app
 from gemma4_export.runtime.commands.bench import bench
+from gemma4_export.runtime.commands.build import build
 from gemma4_export.runtime.commands.chat import chat
 from gemma4_export.runtime.commands.doctor import doctor
 from gemma4_export.runtime.commands.eval import evaluate_command
@@ -18,6 +19,7 @@ app = make_app(
         "chat": chat,
         "generate": generate,
         "bench": bench,
+        "build": build,
         "eval": evaluate_command,
         "verify": verify,
         "doctor": doctor,

@@ -19,17 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_export.configs import errors
-from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.configs.errors import ArtifactError, Gemma4Error
+from gemma4_export.configs.manifest import ENGINE_NAME
 from gemma4_export.runtime.engine.library import find_rtx_library
 from gemma4_export.runtime.engine.outcome import OUTCOME_NAME, ended
-from gemma4_export.runtime.engine.record import (
-    ENGINE_NAME,
-    EngineRecord,
-    TensorRecord,
-    read_record,
-    write_record,
-)
+from gemma4_export.runtime.engine.record import EngineRecord, TensorRecord, read_record, write_record
 from gemma4_export.runtime.engine.request import Builder, EngineRequest
+from gemma4_export.runtime.memory import available_bytes
 
 LOG_NAME = "build.log"
 MEMORY_PER_WEIGHT_BYTE = 3.4
@@ -38,6 +34,8 @@ BASE_MEMORY_BYTES = 300 << 20
 """What a child holds before it reads a weight: the library alone is 234 MB."""
 Progress = Callable[[str, str, int, int], None]
 """(graph, phase, steps done, steps in all); called from several threads."""
+OnBuilt = Callable[["BuiltEngine"], None]
+"""Called as each engine is there; from several threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +48,22 @@ class BuiltEngine:
     seconds: float
     peak_memory_bytes: int
 
+    def to_json(self) -> dict[str, Any]:
+        """For machines: what it is, and what building it took."""
+        return {
+            "graph": self.record.graph,
+            "folder": str(self.folder),
+            "bytes": self.record.engine_bytes,
+            "weights_bytes": self.record.weights_bytes,
+            "scratch_bytes": self.record.scratch_bytes,
+            "was_cached": self.was_cached,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Library:
+class Library:
     """What builds: NVIDIA's module by name, or the libraries in a folder."""
 
     module: str | None
@@ -60,11 +71,11 @@ class _Library:
     version: str
 
 
-def _nothing(graph: str, phase: str, done: int, steps: int) -> None:
+def nothing(*progress: object) -> None:
     pass
 
 
-def build_engine(request: EngineRequest, engines: Path, progress: Progress = _nothing) -> BuiltEngine:
+def build_engine(request: EngineRequest, engines: Path, progress: Progress = nothing) -> BuiltEngine:
     """Compile one graph into ``engines/KEY/``, or find it there.
 
     Args:
@@ -77,7 +88,7 @@ def build_engine(request: EngineRequest, engines: Path, progress: Progress = _no
         ArtifactError: no library, a library of another version, or a build that failed; the cause says where.
     """
     request.check()
-    library = _find_library(request.builder)
+    library = find_library(request.builder)
     key = request.key(library.version)
     folder = engines / key
     if folder.is_dir():
@@ -112,7 +123,8 @@ def build_engines(
     engines: Path,
     *,
     memory_bytes: int | None = None,
-    progress: Progress = _nothing,
+    progress: Progress = nothing,
+    on_built: OnBuilt = nothing,
 ) -> list[BuiltEngine]:
     """Compile several graphs, as many at once as ``memory_bytes`` and the processors allow, in the order given.
 
@@ -120,22 +132,28 @@ def build_engines(
         memory_bytes: what all builds together may take; None: what the machine has free now. One graph is always built,
             whatever it is estimated to need.
     Raises:
-        As `build_engine`; the first failure waits for the builds that are under way and starts no other.
+        As `build_engine`; the first failure waits for the builds that are under way and starts no other. Ctrl-C ends
+        them.
     """
     _remove_abandoned(engines)
-    turns = _Turns(available_memory() if memory_bytes is None else memory_bytes)
+    free = available_bytes() if memory_bytes is None else memory_bytes
+    turns = _Turns(sys.maxsize if free is None else free)
 
     def build(request: EngineRequest) -> BuiltEngine:
         with turns.of(build_memory(request.weights_bytes)):
-            return build_engine(request, engines, progress)
+            engine = build_engine(request, engines, progress)
+        on_built(engine)
+        return engine
 
     with ThreadPoolExecutor(max(1, min(len(requests), os.cpu_count() or 1))) as pool:
         running = [pool.submit(build, request) for request in requests]
         try:
             return [future.result() for future in running]
-        except BaseException:
+        except BaseException as error:
             for future in running:
                 future.cancel()
+            if not isinstance(error, Gemma4Error):
+                _kill_children()
             raise
 
 
@@ -144,16 +162,19 @@ def build_memory(weights_bytes: int) -> int:
     return BASE_MEMORY_BYTES + int(MEMORY_PER_WEIGHT_BYTE * weights_bytes)
 
 
-def available_memory() -> int:
-    """Bytes that this machine can give without swapping."""
-    status = Path("/proc/meminfo").read_text(encoding="ascii")
-    return int(status.partition("MemAvailable:")[2].split()[0]) * 1024
-
-
 def free_engines(engines: Path, used: Sequence[BuiltEngine]) -> list[Path]:
     """Folders of engines that none of ``used`` is: of an earlier build, library or set of profiles."""
     kept = {engine.folder for engine in used}
     return sorted(path for path in engines.iterdir() if path.is_dir() and path not in kept)
+
+
+_children: set[subprocess.Popen[bytes]] = set()
+
+
+def _kill_children() -> None:
+    """End the builds under way: their threads wait for them, and nobody for the threads."""
+    for child in tuple(_children):
+        child.kill()
 
 
 class _Turns:
@@ -179,21 +200,27 @@ class _Turns:
 
 
 def _found(folder: Path) -> BuiltEngine:
-    return BuiltEngine(folder=folder, record=read_record(folder), was_cached=True, seconds=0.0, peak_memory_bytes=0)
+    return BuiltEngine(
+        folder=folder, record=read_record(folder, check_engine=True), was_cached=True, seconds=0.0, peak_memory_bytes=0
+    )
 
 
-def _find_library(builder: Builder) -> _Library:
-    """The official module where it is installed, else the libraries of the onnxruntime wheel."""
+def find_library(builder: Builder) -> Library:
+    """The official module where it is installed, else the libraries of the onnxruntime wheel.
+
+    Raises:
+        ArtifactError: neither is there, or it is damaged or of a version that is not known.
+    """
     module = builder.replace("-", "_")
     if importlib.util.find_spec(module) is not None:
-        return _Library(module=module, folder=None, version=_module_version(module))
+        return Library(module=module, folder=None, version=_module_version(module))
     if builder == "tensorrt":
         raise ArtifactError(
             "TensorRT is not installed: engines for this GPU need it",
             hint='pip install "gemma4-export[tensorrt]" on the device, then gemma4-run build ARTIFACT there',
         )
     library = find_rtx_library()
-    return _Library(module=None, folder=library.core.parent, version=library.version)
+    return Library(module=None, folder=library.core.parent, version=library.version)
 
 
 def _module_version(module: str) -> str:
@@ -210,7 +237,7 @@ def _module_version(module: str) -> str:
 
 
 def _run_child(
-    request: EngineRequest, library: _Library, folder: Path, log_path: Path, progress: Progress
+    request: EngineRequest, library: Library, folder: Path, log_path: Path, progress: Progress
 ) -> dict[str, Any]:
     values = {"module": library.module, "folder": None if library.folder is None else str(library.folder)}
     text = json.dumps({"request": request.to_json(), "library": values, "log": str(log_path)})
@@ -227,6 +254,7 @@ def _run_child(
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=[write_end]
             )
+            _children.add(child)
         finally:
             os.close(write_end)  # the child's copy alone is left, so that its end is the end of the lines
         try:
@@ -237,6 +265,7 @@ def _run_child(
             raise
         finally:
             status = child.wait()
+            _children.discard(child)
     return _outcome(request, folder, status, log_path)
 
 
@@ -251,7 +280,7 @@ def _outcome(request: EngineRequest, folder: Path, status: int, log: Path) -> di
     return outcome
 
 
-def _record(request: EngineRequest, library: _Library, key: str, folder: Path, outcome: dict[str, Any]) -> EngineRecord:
+def _record(request: EngineRequest, library: Library, key: str, folder: Path, outcome: dict[str, Any]) -> EngineRecord:
     def tensors(name: str) -> tuple[TensorRecord, ...]:
         return tuple(TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in outcome[name])
 

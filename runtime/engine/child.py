@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_export.configs.errors import ArtifactError, Gemma4Error
+from gemma4_export.configs.manifest import ENGINE_NAME
 from gemma4_export.runtime.engine.module import ModuleBuilder, check_tensorrt_version
 from gemma4_export.runtime.engine.outcome import OUTCOME_NAME, BuildLog
 from gemma4_export.runtime.engine.plugins import library_contracts
-from gemma4_export.runtime.engine.record import ENGINE_NAME
 from gemma4_export.runtime.engine.request import EngineRequest
 
 _PR_SET_PDEATHSIG = 1
@@ -30,8 +30,10 @@ _STEP_EVERY_S = 0.2
 
 
 def main(folder: Path, progress_fd: int) -> None:
-    # A killed build must not leave this process behind, working for nobody.
+    # A killed build must not leave this process behind, working for nobody. Ctrl-C is the parent's, which kills this:
+    # Python would see it only between two calls of the library, minutes later.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     values = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     try:
         outcome = _build(

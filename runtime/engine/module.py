@@ -19,7 +19,7 @@ from gemma4_export.runtime.engine.outcome import (
     import_error,
     plugin_error,
 )
-from gemma4_export.runtime.engine.record import TensorRecord
+from gemma4_export.runtime.engine.record import TensorRecord, dotted
 from gemma4_export.runtime.engine.request import EngineRequest, check_profiles
 
 OLDEST_TENSORRT = (10, 15)
@@ -90,7 +90,7 @@ class ModuleBuilder:
 
     def _target(self, request: EngineRequest) -> None:
         if request.builder == "tensorrt":
-            check_device(request, device_capability())
+            check_device(request.compute_capabilities, device_capability())
             return
         self._config.num_compute_capabilities = len(request.compute_capabilities)
         for index, capability in enumerate(request.compute_capabilities):
@@ -102,17 +102,17 @@ class ModuleBuilder:
             raise build_error(request, self._log)
 
 
-def check_device(request: EngineRequest, capability: int | None) -> None:
+def check_device(compute_capabilities: tuple[int, ...], capability: int | None) -> None:
     """TensorRT compiles for the GPU at hand only, by trying its kernels there.
 
     Raises:
-        ArtifactError: there is none, or it is of another kind than the request.
+        ArtifactError: there is none, or it is of another kind than the one asked for.
     """
-    if request.compute_capabilities != (capability,):
-        found = "this machine has none" if capability is None else f"this machine's has {capability}"
+    if compute_capabilities != (capability,):
+        found = "this machine has none" if capability is None else f"this machine's has {dotted(capability)}"
         raise ArtifactError(
-            f"{request.graph.name}: tensorrt builds on a GPU of the kind it builds for; compute capability "
-            f"{', '.join(map(str, request.compute_capabilities))} was asked for, {found}",
+            f"tensorrt builds on a GPU of the kind it builds for; compute capability "
+            f"{', '.join(map(dotted, compute_capabilities))} was asked for, {found}",
             hint="copy the artifact to the device and run gemma4-run build ARTIFACT there",
         )
 

@@ -1,4 +1,4 @@
-"""``engine.json``: what lies in an engine file, hashed with itself, because no manifest lists an engine."""
+"""``engine.json``: what lies in an engine file, hashed with itself: no manifest lists an engine that was just built."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_export.configs.errors import ArtifactError
+from gemma4_export.configs.manifest import ENGINE_NAME, RECORD_NAME
 from gemma4_export.runtime.engine.request import Range, profiles_from_json
 
-RECORD_NAME = "engine.json"
-ENGINE_NAME = "model.engine"
 FORMAT = 1
 _REBUILD = "gemma4-run build ARTIFACT builds it again"
 
@@ -63,11 +62,11 @@ class EngineRecord:
             ArtifactError: it runs on others only.
         """
         if compute_capability not in self.compute_capabilities:
-            built = ", ".join(_dotted(value) for value in self.compute_capabilities)
+            built = ", ".join(dotted(value) for value in self.compute_capabilities)
             raise ArtifactError(
                 f"engine of {self.graph}: built for compute capability {built}, "
-                f"this GPU has {_dotted(compute_capability)}",
-                hint="gemma4-run build ARTIFACT compiles for the GPU at hand",
+                f"this GPU has {dotted(compute_capability)}",
+                hint="gemma4-run build ARTIFACT --target NAME compiles for that GPU",
             )
 
     def check_library(self, builder: str, version: str) -> None:
@@ -143,5 +142,6 @@ def _check_engine(path: Path, record: EngineRecord, *, hashes: bool) -> None:
             raise ArtifactError(f"{path}: sha256 {sha256[:12]}…, expected {record.engine_sha256[:12]}…", hint=_REBUILD)
 
 
-def _dotted(compute_capability: int) -> str:
+def dotted(compute_capability: int) -> str:
+    """89 as people write it: 8.9."""
     return f"{compute_capability // 10}.{compute_capability % 10}"

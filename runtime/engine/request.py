@@ -32,6 +32,7 @@ class EngineRequest:
         compute_capabilities: 89 stands for 8.9. Several give one engine that runs on each of them.
         plugins: libraries whose ops the graph uses.
         sha256: hashes known already, by file (a manifest lists them); the others are computed.
+        read_bytes: what the graph reads of ``data``, which other graphs may share; None: all of it.
     """
 
     graph: Path
@@ -41,11 +42,13 @@ class EngineRequest:
     plugins: tuple[Path, ...] = ()
     builder: Builder = "tensorrt-rtx"
     sha256: Mapping[Path, str] = field(default_factory=dict)
+    read_bytes: int | None = None
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of the graph and its data: what the builder reads."""
-        return sum(path.stat().st_size for path in (self.graph, *self.data))
+        data = sum(path.stat().st_size for path in self.data) if self.read_bytes is None else self.read_bytes
+        return self.graph.stat().st_size + data
 
     def check(self) -> None:
         """Refuse what no builder could do, before a library is loaded.
@@ -95,6 +98,7 @@ class EngineRequest:
             "compute_capabilities": list(self.compute_capabilities),
             "plugins": [str(path.resolve()) for path in self.plugins],
             "builder": self.builder,
+            "read_bytes": self.read_bytes,
         }
 
     @classmethod
@@ -106,6 +110,7 @@ class EngineRequest:
             compute_capabilities=tuple(values["compute_capabilities"]),
             plugins=tuple(Path(path) for path in values["plugins"]),
             builder=values["builder"],
+            read_bytes=values["read_bytes"],
         )
 
     def _hash(self, path: Path) -> str:
