@@ -131,8 +131,6 @@ class _Verification:
             return
         self.say("per-layer inputs")
         shape = (self.prompts, self.tokens, model.num_layers, model.hidden_size_per_layer_input)
-        wanted = self.oracle.tensor("inputs_embeds", self.prompts, self.tokens, model.hidden_size)
-        given = self.oracle.tensor("per_layer_inputs", *shape)
         merged = self.oracle.tensor("merged_per_layer_inputs", *shape)
         found_merged = self._run_graph(
             self.graphs["inputs"],

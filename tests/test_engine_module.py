@@ -204,5 +204,5 @@ def test_tensorrt_asks_for_no_other_gpu_than_the_one_here(
     fake = FakeTrt()
     build(fake, request)
     assert not [call for call in fake.calls if call[0] == "capability"]
-    with pytest.raises(ArtifactError, match="compute capability 8.6, 8.9 was asked for, this machine's has 9.0"):
+    with pytest.raises(ArtifactError, match=r"capability 8\.6, 8\.9 was asked for, this machine's has 9\.0"):
         build(FakeTrt(), replace(request, compute_capabilities=(86, 89)))
