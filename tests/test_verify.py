@@ -6,7 +6,6 @@ The perturbation is noise of four times the bound relative to the tensor's own s
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import re
 import shutil
@@ -31,6 +30,7 @@ from gemma4_export.configs.recipe import load_recipe, recipe_names
 from gemma4_export.exporter import commands as exporter_commands
 from gemma4_export.exporter import stored_weights
 from gemma4_export.exporter.checkpoint import Checkpoint
+from gemma4_export.exporter.child import verify_in_child
 from gemma4_export.exporter.oracle import record_oracle
 from gemma4_export.exporter.quantize import dequantize, quantize
 from gemma4_export.exporter.stored_weights import StoredWeights
@@ -42,8 +42,6 @@ from gemma4_export.runtime.verify import clear_routes, kl_divergence, verify
 from gemma4_export.runtime.verify_report import Report
 from gemma4_export.runtime.verify_table import html_page, text_lines
 
-# The package's own name ``build`` is the command, not its module.
-build_command = importlib.import_module("gemma4_export.exporter.commands.build")
 torch = pytest.importorskip("torch")
 
 
@@ -579,21 +577,21 @@ def test_a_build_verifies_what_it_built(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "b" / ORACLE_FILE).read_bytes() == (tmp_path / "a" / ORACLE_FILE).read_bytes()
 
 
-def test_a_build_that_does_not_pass_ends_with_exit_code_1(copy, capsys):
+def test_a_build_is_told_what_does_not_pass(copy):
     folder = copy("31b")
     perturb(folder, placement("31b", "fp32"), "layers.1.mlp.up_proj.weight")
-    assert not build_command._verify(folder, "layers")
-    assert capsys.readouterr().out.startswith("verify layers: failed: layer 1, mlp: layers.1.mlp drifts ")
+    verdict = verify_in_child(folder, "layers")
+    assert not verdict.passed
+    assert verdict.text.startswith("failed: layer 1, mlp: layers.1.mlp drifts ")
 
 
-def test_a_verification_that_cannot_begin_says_why(copy, capsys):
+def test_a_verification_that_cannot_begin_says_why(copy):
     folder = copy("12b")
     (folder / ORACLE_FILE).write_bytes(b"short")
-    assert not build_command._verify(folder, "layers")
-    out, err = capsys.readouterr()
-    assert out == f"built, not verified: gemma4-run verify {folder}\n"
-    assert err.startswith(f"error: {ORACLE_FILE}: expected ")
-    assert len(err.splitlines()) == 2
+    passed, text, error = verify_in_child(folder, "layers")
+    assert (passed, text) == (False, None)
+    assert error.startswith(f"error: {ORACLE_FILE}: expected ")
+    assert len(error.splitlines()) == 2
 
 
 def test_inspect_knows_a_report_of_other_files_and_what_is_no_report(copy, capsys, monkeypatch):
