@@ -45,6 +45,22 @@ def engine_artifact(
     group_bytes: int = 60_000,
 ) -> Path:
     """What ``gemma4-export build --target rtx4090 --engines later`` writes, in ``float_type`` and tiny groups."""
+    lengths = {"chunk": chunk, "context": context, "group_bytes": group_bytes}
+    with traces(fresh=False):
+        return write_engine_artifact(checkpoint, recipe, float_type=float_type, experts=experts, **lengths)
+
+
+def write_engine_artifact(
+    checkpoint: Path,
+    recipe: str,
+    *,
+    float_type: str,
+    experts: str = "plugin",
+    chunk: int = 7,
+    context: int = 256,
+    group_bytes: int = 60_000,
+) -> Path:
+    """The same, written anew."""
     out = Path(tempfile.mkdtemp(dir=_scratch.name)) / "artifact"
     with Checkpoint(checkpoint) as opened:
         options = build.resolve_options(
@@ -57,8 +73,7 @@ def engine_artifact(
             experts=experts,
         )
         options = dataclasses.replace(options, float_type=float_type, max_group_bytes=group_bytes)
-        with traces(fresh=False):
-            build.build_artifact(opened, options, out, lambda *progress: None)
+        build.build_artifact(opened, options, out, lambda *progress: None)
     return out
 
 
@@ -86,15 +101,17 @@ class EngineTwin:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One call: top_logits and top_ids [R, 64], logsumexp [R, 1] of ``rows`` of ``ids``."""
         phase = "decode" if "decode" in self.phases and len(ids) == 1 else list(self.phases)[-1]
-        values = self._feeds(np.asarray(ids, np.int64), cache, rows, bias)
+        values = self.feeds(ids, cache, rows, bias)
         for group, session in self.phases[phase]:
             self._run(group, session, values, cache)
         cache.advance(len(ids))
         return values["top_logits"], values["top_ids"], values["logsumexp"]
 
-    def _feeds(
-        self, ids: np.ndarray, cache: KVCache, rows: Sequence[int], bias: np.ndarray | None
+    def feeds(
+        self, tokens: Sequence[int], cache: KVCache, rows: Sequence[int], bias: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
+        """Everything that the groups take from outside, caches as they are."""
+        ids = np.asarray(tokens, np.int64)
         manifest, slots = self.manifest, cache.reserve(len(ids))
         position = cache.length
         # More slots than are written: an engine reads a profiled length, and the mask hides the rest.
@@ -117,6 +134,9 @@ class EngineTwin:
             model = manifest.model
             shape = (1, len(ids), model.num_layers, model.hidden_size_per_layer_input)
             feeds["per_layer_inputs"] = self._per_layer.gather(ids).reshape(shape)
+        for layer, pair in cache.buffers.items():
+            for part, buffer in zip(("key", "value"), pair, strict=True):
+                feeds[f"past_key_values.{layer}.{part}"] = buffer
         return feeds
 
     def _run(
