@@ -13,6 +13,9 @@ import artifacts
 import pytest
 from conftest import REPOSITORY
 
+from gemma4_export.runtime import bench
+from gemma4_export.runtime.commands.bench import bench as bench_command
+
 APPS = ("gemma4-run", "gemma4-export")
 
 
@@ -66,3 +69,10 @@ def test_ctrl_c_while_libraries_are_imported_ends_quietly(app: str, library: str
     (tmp_path / f"{library}.py").write_text(code)
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     assert run(app, "--version", to="", PYTHONPATH=path) == (130, "")
+
+
+def test_bench_says_what_it_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "plain_read", lambda: 1.0)
+    folder = artifacts.artifact("31b", context=64, fresh_trace=False)
+    bench_command(folder, prompt_tokens=2, new_tokens=1, repeats=1)
+    assert capsys.readouterr().out.splitlines()[0] == "model     31b, fp32"
