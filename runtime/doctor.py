@@ -173,13 +173,22 @@ def is_old(driver: Driver) -> bool:
 
 def _gpu(gpu: Gpu) -> str:
     free = "" if gpu.free_bytes is None else f", {size(gpu.free_bytes)} free"
-    targets = [load_target(name) for name in target_names()]
-    fitting = [target for target in targets if target.compute_capability == gpu.compute_capability]
-    named = ", ".join(f"{target.name} ({target.backends[0]})" for target in fitting)
+    backends = {name: load_target(name).backends[0] for name in targets_of(gpu.compute_capability)}
+    named = ", ".join(f"{name} ({backend})" for name, backend in backends.items())
     return (
         f"{gpu.name}, compute capability {gpu.compute_capability}, {size(gpu.memory_bytes)}{free}; "
         f"targets: {named or 'none of this compute capability'}"
     )
+
+
+def targets_of(compute_capability: str, backend: str | None = None) -> list[str]:
+    """Targets with such a GPU, where ``backend`` is given those that it compiles for."""
+    targets = [load_target(name) for name in target_names()]
+    return [
+        target.name
+        for target in targets
+        if target.compute_capability == compute_capability and backend in (None, target.built_backend)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

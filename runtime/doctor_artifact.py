@@ -24,9 +24,11 @@ from gemma4_export.runtime.doctor import (
     onnxruntime_finding,
     packages_finding,
     plugin_finding,
+    targets_of,
 )
 from gemma4_export.runtime.doctor_facts import Disk, Facts, Failure
 from gemma4_export.runtime.doctor_probe import read_disk
+from gemma4_export.runtime.engine.artifact import needs_plugins
 from gemma4_export.runtime.engine.build import build_memory
 from gemma4_export.runtime.memory import size, weights_bytes
 
@@ -164,42 +166,47 @@ def _fitting_tokens(manifest: Manifest, room: int) -> int:
 
 
 def _engines(manifest: Manifest, engines: EnginesEntry, artifact: ArtifactFacts, facts: Facts) -> Iterator[Finding]:
-    groups = [group for phase in engines.phases.values() for group in phase]
+    state = "not compiled yet" if engines.compiled is None else f"compiled by {engines.compiled.library_version}"
     yield Finding(
         level="problem",
         what="backend",
-        found=f"{len(groups)} {engines.backend} engines for compute capability {engines.compute_capability}; "
-        f"this version compiles engines and runs {RUN_BACKEND} only",
+        found=f"{len(engines.groups)} {engines.backend} engines, {state}; this version compiles engines and runs "
+        f"{RUN_BACKEND} only",
         mend="gemma4-export build --target cpu …",
     )
     yield _device(engines, facts)
     yield _builder(engines, facts)
-    if engines.experts == "plugin" and manifest.model.num_experts:
+    if needs_plugins(manifest):
         yield _plugins(facts)
-    yield from _build_room(groups, artifact, facts)
+    if engines.compiled is None:
+        yield from _build_room(engines.groups, artifact, facts)
 
 
 def _device(engines: EnginesEntry, facts: Facts) -> Finding:
     """Whether a GPU of this machine is one that they are for; compiling for RTX cards does without."""
+    compiled = engines.compiled
+    wanted = [engines.compute_capability] if compiled is None else compiled.compute_capabilities
     here = sorted({gpu.compute_capability for gpu in facts.driver.gpus})
-    if engines.compute_capability in here and is_old(facts.driver):
+    fitting = [capability for capability in here if capability in wanted]
+    if fitting and is_old(facts.driver):
         found = f"driver {facts.driver.version} runs CUDA up to {facts.driver.cuda_version}, engines need {CUDA_MAJOR}"
         return Finding(level="problem", what="device", found=found, mend=INSTALL_DRIVER)
-    if engines.compute_capability in here:
-        return Finding(
-            level="ok", what="device", found=f"a GPU of compute capability {engines.compute_capability} is here"
-        )
+    if fitting:
+        found = f"a GPU of compute capability {', '.join(fitting)} is here"
+        return Finding(level="ok", what="device", found=found)
     found = f"here: {', '.join(here)}" if here else "here is none"
+    others = [name for each in here for name in targets_of(each, engines.backend)]
+    elsewhere = "copy the folder to a machine with such a GPU and run gemma4-run doctor ARTIFACT there"
     return Finding(
-        level="problem" if engines.backend == "tensorrt" else "warning",
+        level="warning" if engines.backend == "tensorrt-rtx" and compiled is None else "problem",
         what="device",
-        found=f"for a GPU of compute capability {engines.compute_capability}, {found}",
-        mend="copy the folder to a machine with such a GPU and run gemma4-run doctor ARTIFACT there",
+        found=f"for a GPU of compute capability {', '.join(wanted)}, {found}",
+        mend=f"gemma4-run build ARTIFACT --target {others[0]}" if others else elsewhere,
     )
 
 
 def _builder(engines: EnginesEntry, facts: Facts) -> Finding:
-    """Whether what compiles the engines is here."""
+    """Whether what compiles the engines is here, and is what compiled them: they load into one version only."""
     is_rtx = engines.backend == "tensorrt-rtx"
     library = facts.tensorrt_rtx if is_rtx else facts.tensorrt
     install = f'pip install "gemma4-export[{"rtx" if is_rtx else "tensorrt"}]"'
@@ -215,6 +222,10 @@ def _builder(engines: EnginesEntry, facts: Facts) -> Finding:
     if not is_rtx and absent in missing_resources(facts):
         text = f"{engines.backend} {library.version} without libnvinfer_builder_resource_{absent}"
         return finding(text, "pip install --force-reinstall tensorrt-cu13-libs")
+    compiled = engines.compiled
+    if compiled is not None and compiled.library_version != library.version:
+        text = f"engines load into {engines.backend} {compiled.library_version} only, here is {library.version}"
+        return finding(text, "gemma4-run build ARTIFACT")
     return finding(f"{engines.backend} {library.version}", None)
 
 

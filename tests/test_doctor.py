@@ -14,7 +14,7 @@ import artifacts
 import pytest
 from conftest import REPOSITORY
 
-from gemma4_export.configs.manifest import FORMAT, EnginesEntry, GroupEntry, Manifest
+from gemma4_export.configs.manifest import FORMAT, CompiledEntry, EnginesEntry, GroupEntry, Manifest
 from gemma4_export.configs.step_bytes import PROCESS_BYTES
 from gemma4_export.runtime import doctor
 from gemma4_export.runtime import memory as memory_module
@@ -455,6 +455,7 @@ def engines(
     compute_capability: str,
     *,
     num_experts: int = 0,
+    compiled: CompiledEntry | None = None,
 ) -> Manifest:
     groups = [
         filled(GroupEntry, file="g.onnx", first=i, last=i, weight_bytes=WEIGHTS, inputs=[], outputs=[], profiles={})
@@ -467,7 +468,7 @@ def engines(
         float_type="bfloat16",
         experts="plugin",
         phases={"all": groups},
-        compiled=None,
+        compiled=compiled,
     )
     return replace(manifest, graphs={}, engines=entry, model=replace(manifest.model, num_experts=num_experts))
 
@@ -527,3 +528,25 @@ def test_tensorrt_engines_need_the_gpu_that_they_are_for(manifest: Manifest) -> 
     (device,) = of(artifact_findings(trt, old), "device")
     assert device.found == "driver 535.54.03 runs CUDA up to 12.2, engines need 13"
     assert problems(trt, old) == {**RUNS_NOT, "device": "sudo apt-get install nvidia-driver-580"}
+
+
+def test_compiled_engines_need_their_gpu_and_their_library(manifest: Manifest) -> None:
+    entry = CompiledEntry(library_version="1.7.1", compute_capabilities=["8.6", "8.9"])
+    rtx = about(engines(manifest, "tensorrt-rtx", "8.9", compiled=entry))
+    here = with_gpu(CPU, RTX4090)
+    assert problems(rtx, here) == RUNS_NOT
+    (backend,) = of(artifact_findings(rtx, here), "backend")
+    assert backend.found.startswith("3 tensorrt-rtx engines, compiled by 1.7.1; this version ")
+    assert not of(artifact_findings(rtx, memory_of(here, 1)), "memory")  # nothing is left to compile
+    newer = replace(here, tensorrt_rtx=replace(CPU.tensorrt_rtx, version="1.7.2"))
+    assert problems(rtx, newer) == {**RUNS_NOT, "builder": "gemma4-run build ARTIFACT"}
+    (builder,) = of(artifact_findings(rtx, newer), "builder")
+    assert builder.found == "engines load into tensorrt-rtx 1.7.1 only, here is 1.7.2"
+    blackwell = replace(RTX4090, name="RTX 5090", compute_capability="12.0")
+    (device,) = of(artifact_findings(rtx, with_gpu(CPU, blackwell)), "device")
+    assert (device.level, device.found, device.mend) == (
+        "problem",
+        "for a GPU of compute capability 8.6, 8.9, here: 12.0",
+        "gemma4-run build ARTIFACT --target rtx5090",
+    )
+    assert problems(rtx, with_gpu(CPU, H100))["device"] == problems(rtx, CPU)["device"]

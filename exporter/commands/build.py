@@ -56,7 +56,7 @@ def build(
         Engines | None, typer.Option(help="later: write what TensorRT engines are compiled from, and compile none.")
     ] = None,
     build_memory: Annotated[
-        str | None, typer.Option(help="What compiling engines may take, e.g. 12GB.  [default: what is free]")
+        str | None, typer.Option(help="What compiling engines may take, e.g. 12GB.", show_default="what is free")
     ] = None,
     experts: Annotated[
         Experts, typer.Option(help="Who computes routed experts in an engine: our plugin, or TensorRT's own ops.")

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import time
 from typing import Annotated
 
 import typer
 
 from gemma4_export.configs.command_line import parse_bytes
+from gemma4_export.configs.commands.app import completing
+from gemma4_export.configs.target import target_names
 from gemma4_export.runtime.commands.options import ArtifactFolder
-from gemma4_export.runtime.commands.screen import show
+from gemma4_export.runtime.commands.screen import say
 
 
 def build(
     artifact: ArtifactFolder,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="GPU to compile for, e.g. rtx3090; repeated: one engine for all.  [default: the artifact's]"),
+        typer.Option(
+            help="GPU to compile for, e.g. rtx3090; repeated: one engine for all.",
+            show_default="the artifact's",
+            autocompletion=completing(target_names),
+        ),
     ] = None,
     build_memory: Annotated[
-        str | None, typer.Option(help="What builds may take together, e.g. 12GB.  [default: what is free]")
+        str | None, typer.Option(help="What builds may take together, e.g. 12GB.", show_default="what is free")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -38,7 +43,7 @@ def build(
     entry = opened.manifest.engines
 
     def on_built(engine: BuiltEngine) -> None:
-        show(sys.stderr, f"{engine_line(opened.manifest, engine)}\n")
+        say(engine_line(opened.manifest, engine))
 
     compiled = compile_artifact(
         opened,
