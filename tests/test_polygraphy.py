@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import sys
 import tomllib
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import artifacts
+import engine_twin
 import numpy as np
 import onnx
 import pytest
@@ -42,6 +44,8 @@ from gemma4_export.runtime.session_ort import open_graph
 
 torch = pytest.importorskip("torch")
 polygraphy = pytest.importorskip("polygraphy")
+
+from polygraphy.tools import main as polygraphy_tool  # noqa: E402
 
 
 def artifact(structure: str, recipe: str) -> Path:
@@ -391,3 +395,72 @@ def test_an_artifact_without_these_graphs_is_refused(copy):
     edit_manifest(folder, lambda values: values["verify"].update(graphs={}))
     with pytest.raises(ArtifactError, match="no graphs to compare layers with"):
         verify_against(folder, "onnxruntime")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines for a shell
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[list[str]]:
+    """The words of each line that ``inspect --polygraphy`` prints."""
+    monkeypatch.setattr(sys, "argv", ["gemma4-export", "inspect", str(folder), "--polygraphy"])
+    with pytest.raises(SystemExit) as ended:
+        exporter_commands.main()
+    assert not ended.value.code
+    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def run_polygraphy(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]) -> str:
+    """What a line prints that ends well: polygraphy's own entry point, in this process."""
+    monkeypatch.setattr(sys, "argv", words)
+    assert not polygraphy_tool(), capfd.readouterr()
+    return capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("structure", "recipe"), NOT_FULL)
+def test_polygraphy_runs_every_graph_by_its_line(structure, recipe, capfd, monkeypatch):
+    folder = artifact(structure, recipe)
+    lines = lines_of(capfd, monkeypatch, folder)
+    assert sorted(words[2] for words in lines) == sorted(str(path) for path in (folder / "graphs").rglob("*.onnx"))
+    manifest = Artifact.open(folder).manifest
+    wanted = {graph.file: graph.outputs for graph in [*manifest.graphs.values(), *manifest.verify.graphs.values()]}
+    kinds = {"decoder.onnx", "inputs.onnx", "layer_00.onnx", "layer_04.onnx", "head_00.onnx"}
+    for words in lines:
+        if Path(words[2]).name in kinds:
+            out = run_polygraphy(capfd, monkeypatch, words)
+            assert "PASSED" in out
+            assert all(f"{name} [dtype=" in out for name in wanted[str(Path(words[2]).relative_to(folder))])
+
+
+def test_the_line_of_an_engine_names_plugin_profiles_and_inputs_that_its_graph_has(capfd, monkeypatch, tmp_path):
+    """Without TensorRT: polygraphy takes every option, and the same inputs run on onnxruntime's float32 twin."""
+    checkpoint = tiny.checkpoint("26b-a4b")
+    with_plugin = engine_twin.engine_artifact(checkpoint, "int4", float_type="float32")
+    builtin = engine_twin.engine_artifact(checkpoint, "int4", float_type="float32", experts="builtin")
+    for folder in (with_plugin, builtin):
+        lines = lines_of(capfd, monkeypatch, folder)
+        assert len(lines) == len({path.name for path in (folder / "graphs").glob("*.onnx")})
+        for words in (lines[0], lines[-1]):
+            assert words.pop(0) == "POLYGRAPHY_USE_TENSORRT_RTX=1"
+            assert ("--plugins" in words) == (folder == with_plugin)
+            run_polygraphy(capfd, monkeypatch, [*words, "--gen-script", str(script := tmp_path / "script.py")])
+            script = script.read_text("utf-8")
+            graph = onnx.load(words[2], load_external_data=False).graph
+            profiled = set(re.findall(r"\.add\('([^']+)'", script))
+            assert profiled == {value.name for value in graph.input if has_free_size(value)}
+            assert ("libgemma4_plugins.so" in script) == (folder == with_plugin)
+    at = words.index("--trt")
+    inputs = words[words.index("--input-shapes") :]
+    assert "PASSED" in run_polygraphy(capfd, monkeypatch, [*words[:at], "--onnxrt", *inputs])
+
+
+def test_lines_are_not_json(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gemma4-export", "inspect", "folder", "--polygraphy", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        exporter_commands.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --polygraphy prints lines for a shell, not JSON\nhint: ")
+
+
+def has_free_size(value: onnx.ValueInfoProto) -> bool:
+    return any(size.dim_param for size in value.type.tensor_type.shape.dim)

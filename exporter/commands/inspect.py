@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from gemma4_export.configs.artifact import Artifact, artifact_path
+from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.evidence import REPORTS_FOLDER
 from gemma4_export.configs.manifest import MANIFEST_NAME, Manifest
 
@@ -21,11 +22,21 @@ def inspect(
     ],
     check: Annotated[bool, typer.Option("--check", help="Hash every file, weights included (about 2 GB/s).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
+    polygraphy: Annotated[
+        bool, typer.Option("--polygraphy", help="Print a line for a shell per graph: polygraphy loads and runs it.")
+    ] = False,
 ) -> None:
     """Describe an artifact; with --check, prove that it is undamaged."""
+    if polygraphy and as_json:
+        raise ConfigError("--polygraphy prints lines for a shell, not JSON", hint="leave one of the two out")
     manifest = Artifact.open(artifact, check="full" if check else "small").manifest
     if as_json:
         print(manifest.to_json(), end="")
+        return
+    if polygraphy:
+        from gemma4_export.exporter.polygraphy_lines import polygraphy_lines
+
+        print("\n".join(polygraphy_lines(artifact, manifest)))
         return
     for line in [*_describe(manifest), *_reports(artifact)]:
         print(line)
