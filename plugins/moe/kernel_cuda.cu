@@ -3,7 +3,7 @@
 //
 // Three versions of one op, from naive to fast; kernel_driver.cu compares each with the NumPy reference, then times it.
 //   1. naive         one thread per element, loops as in reference.py: in this file
-//   2. few tokens    decode, two launches: kernel_few_tokens.cuh
+//   2. few tokens    decode, two launches: kernel_few_tokens.cuh, and kernel_few_int4.cuh for int4
 //   3. many tokens   prefill on tensor cores: kernel_many_tokens.cuh
 //
 // Sums are in fp32 and weights are never rounded: codes go through the tensor cores as exact small integers and the
@@ -18,6 +18,7 @@
 
 #include "kernel.h"
 #include "kernel_common.cuh"
+#include "kernel_few_int4.cuh"
 #include "kernel_few_tokens.cuh"
 #include "kernel_many_tokens.cuh"
 
@@ -105,7 +106,7 @@ Workspace divide(void* start, const MoeSizes& sizes, MoePath path) {
   }
   if (path == MoePath::kManyTokens) {
     workspace.rows = reinterpret_cast<int*>(take(pairs, sizeof(int)));
-    workspace.tiles = reinterpret_cast<Tile*>(take(max_tiles(sizes), sizeof(Tile)));
+    workspace.tiles = reinterpret_cast<Tile*>(take(max_tiles(sizes, kFewRows), sizeof(Tile)));
     workspace.num_tiles = reinterpret_cast<int*>(take(1, sizeof(int)));
     workspace.partial = reinterpret_cast<float*>(take(pairs * sizes.hidden_size, sizeof(float)));
   }
@@ -113,16 +114,22 @@ Workspace divide(void* start, const MoeSizes& sizes, MoePath path) {
   return workspace;
 }
 
-// Sizes only, so that the workspace can be asked for before the weights are known: int4 stages the most.
-size_t staged_bytes(int64_t length) {
-  const int floats = staged_floats<WeightFormat::kInt4>(static_cast<int>(length));
-  return (floats + floats / kPerChunk<WeightFormat::kInt4>) * sizeof(float);
+template <WeightFormat kFormat>
+size_t few_bytes(int64_t length) {
+  return staged_floats<kFormat>(static_cast<int>(length)) * sizeof(float);
+}
+
+// Shared memory of the few-token kernels in the format that needs most, because the workspace is asked for before the
+// weights are known.
+size_t most_few_bytes(const MoeSizes& sizes) {
+  const int64_t longest = std::max(sizes.hidden_size, sizes.top_k * sizes.intermediate_size);
+  return std::max({few_bytes<WeightFormat::kInt8>(longest), few_bytes<WeightFormat::kFloat>(longest),
+                   int4_gate_up_bytes(sizes.hidden_size), int4_down_bytes(sizes.intermediate_size, sizes.top_k)});
 }
 
 MoePath choose(const MoeSizes& sizes, MoePath path) {
   if (path != MoePath::kAuto) return path;
-  const int64_t longest = std::max(sizes.hidden_size, sizes.top_k * sizes.intermediate_size);
-  const bool fits = longest < int64_t{1} << 20 && staged_bytes(longest) <= kMaxStagedBytes;
+  const bool fits = most_few_bytes(sizes) <= kMaxStagedBytes;
   return sizes.num_tokens <= kFewTokens && fits ? MoePath::kFewTokens : MoePath::kManyTokens;
 }
 
@@ -166,18 +173,26 @@ cudaError_t launch(const MoeSizes& sizes, const MoeTypes& types, const MoeTensor
   const Workspace space = divide(tensors.workspace, sizes, path);
 
   if (path == MoePath::kFewTokens) {
-    const auto staged = [](int length) {
-      const size_t floats = staged_floats<kFormat>(length);
-      return (floats + (kIsInt4<kFormat> ? floats / kPerChunk<kFormat> : 0)) * sizeof(float);
-    };
-    const dim3 gate_up_grid(blocks_for(F, kGateUpWarps * 2), static_cast<unsigned>(pairs));
-    few_gate_up<Real, kFormat><<<gate_up_grid, kGateUpWarps * kWarp, staged(E), stream>>>(hidden_states, router,
-                                                                                          gate_up, space.activated);
-    cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
-    return launch_early(few_down<Real, kFormat>,
-                        dim3(blocks_for(E, kDownWarps * 2), static_cast<unsigned>(sizes.num_tokens)),
-                        kDownWarps * kWarp, staged(top_k * F), stream, router, down, space.activated, output);
+    const auto tokens = static_cast<unsigned>(sizes.num_tokens);
+    if constexpr (kIsInt4<kFormat>) {
+      const auto is_paired = [&](int k) { return types.block == 32 && k / 32 % 2 == 0; };
+      const dim3 gate_up_grid(blocks_for(F, 8 * kInt4GateUpTiles), static_cast<unsigned>(pairs));
+      const cudaError_t error = launch_early(
+          is_paired(E) ? few_int4_gate_up<Real, true> : few_int4_gate_up<Real, false>, gate_up_grid,
+          kInt4GateUpWarps * kWarp, int4_gate_up_bytes(E), stream, hidden_states, router, gate_up, space.activated);
+      if (error != cudaSuccess) return error;
+      return launch_early(is_paired(F) ? few_int4_down<Real, true> : few_int4_down<Real, false>,
+                          dim3(blocks_for(E, 16), tokens), kInt4DownWarps * kWarp, int4_down_bytes(F, top_k), stream,
+                          router, down, space.activated, output);
+    } else {
+      const dim3 gate_up_grid(blocks_for(F, kGateUpWarps * 2), static_cast<unsigned>(pairs));
+      const cudaError_t error =
+          launch_early(few_gate_up<Real, kFormat>, gate_up_grid, kGateUpWarps * kWarp, few_bytes<kFormat>(E), stream,
+                       hidden_states, router, gate_up, space.activated);
+      if (error != cudaSuccess) return error;
+      return launch_early(few_down<Real, kFormat>, dim3(blocks_for(E, kDownWarps * 2), tokens), kDownWarps * kWarp,
+                          few_bytes<kFormat>(top_k * F), stream, router, down, space.activated, output);
+    }
   }
 
   route_tokens<<<blocks_for(sizes.num_tokens, kRouteWarps), kRouteWarps * kWarp, 0, stream>>>(
@@ -189,13 +204,17 @@ cudaError_t launch(const MoeSizes& sizes, const MoeTypes& types, const MoeTensor
         down, space.experts, space.activated, top_k, sizes.num_tokens * E, output);
     return cudaGetLastError();
   }
-  group_rows<<<1, 1024, 0, stream>>>(space.experts, static_cast<int>(pairs), router.num_experts, space.rows,
+  const int rows = tile_rows(sizes);
+  group_rows<<<1, 1024, 0, stream>>>(space.experts, static_cast<int>(pairs), router.num_experts, rows, space.rows,
                                      space.tiles, space.num_tiles);
-  const unsigned tiles = static_cast<unsigned>(max_tiles(sizes));
-  many_project<Real, Real, kFormat, true>
-      <<<dim3(blocks_for(F, kTileColumns / 2), tiles), kTileThreads, 0, stream>>>(
-          hidden_states, gate_up, space.rows, space.tiles, space.num_tiles, space.pair_weights, top_k, space.activated);
-  many_project<Real, float, kFormat, false><<<dim3(blocks_for(E, kTileColumns), tiles), kTileThreads, 0, stream>>>(
+  const unsigned tiles = static_cast<unsigned>(max_tiles(sizes, rows));
+  const auto project_up = rows == kFewRows ? many_project<Real, Real, kFormat, true, kFewRows>
+                                           : many_project<Real, Real, kFormat, true, kManyRows>;
+  const auto project_down = rows == kFewRows ? many_project<Real, float, kFormat, false, kFewRows>
+                                             : many_project<Real, float, kFormat, false, kManyRows>;
+  project_up<<<dim3(blocks_for(F, kTileColumns / 2), tiles), kTileThreads, 0, stream>>>(
+      hidden_states, gate_up, space.rows, space.tiles, space.num_tiles, space.pair_weights, top_k, space.activated);
+  project_down<<<dim3(blocks_for(E, kTileColumns), tiles), kTileThreads, 0, stream>>>(
       space.activated, down, space.rows, space.tiles, space.num_tiles, nullptr, top_k, space.partial);
   add_experts<Real><<<blocks_for(sizes.num_tokens * E / 4, 256), 256, 0, stream>>>(space.partial, E, top_k,
                                                                                    sizes.num_tokens * E, output);

@@ -1,6 +1,6 @@
-// Version 2 of the Gemma4MoE kernel, few tokens: bound by the bytes of the weights. A warp streams a few weight rows,
-// 16 bytes a lane at a time; the vector they multiply waits in shared memory as fp32, ordered so that 32 lanes, each at
-// another chunk, read it without bank conflicts.
+// Version 2 of the Gemma4MoE kernel for 8 and 16-bit weights, few tokens: bound by the bytes of the weights. A warp
+// streams a few weight rows, 16 bytes a lane at a time; the vector they multiply waits in shared memory as fp32, ordered
+// so that 32 lanes, each at another chunk, read it without bank conflicts.
 #pragma once
 
 #include "kernel_common.cuh"
@@ -22,39 +22,11 @@ __host__ __device__ constexpr int staged_floats(int n) {  // room for n elements
   return (n + kGroup - 1) / kGroup * kGroup;
 }
 
-// int4 codes are read as 136 + code (see add_word), so each chunk's sum of x is needed to take 136 * sum away again.
-constexpr float kInt4Offset = 136.0f;
-
-template <WeightFormat kFormat>
-__device__ void sum_chunks(const float4* staged, int num_chunks, float* chunk_sums) {
-  for (int chunk = threadIdx.x; chunk < num_chunks; chunk += blockDim.x) {
-    float sum = 0.0f;
-    for (int i = 0; i < kPerChunk<kFormat>; i += 4) {
-      const float4 x = staged[staged_quad<kFormat>(chunk * kPerChunk<kFormat> + i)];
-      sum += (x.x + x.y) + (x.z + x.w);
-    }
-    chunk_sums[chunk] = kInt4Offset * sum;
-  }
-}
-
 // sums[r] += the dot product of word w of a chunk of row r with x; x points at the lane's first quad, the next are 32
 // float4 apart. All rows at once, so that x is read once and few of its numbers are held.
 template <typename Real, WeightFormat kFormat, int kRows>
 __device__ void add_word(const uint32_t (&word)[kRows], int w, const float4* x, float (&sums)[kRows]) {
-  if constexpr (kFormat == WeightFormat::kInt4) {
-    const float4 low = x[(2 * w) * kWarp], high = x[(2 * w + 1) * kWarp];
-    const float xs[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        // Codes i and i + 4 as two bf16 numbers 128 + (code + 8): one shift and one logic operation for both.
-        const uint32_t pair = ((word[r] >> (4 * i)) & 0x000f000fu) ^ 0x43084308u;
-        sums[r] = fmaf(bf16_low(pair), xs[i], sums[r]);
-        sums[r] = fmaf(bf16_high(pair), xs[i + 4], sums[r]);
-      }
-    }
-  } else if constexpr (kFormat == WeightFormat::kInt8) {
+  if constexpr (kFormat == WeightFormat::kInt8) {
     const float4 xs = x[w * kWarp];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -78,7 +50,6 @@ __device__ void add_word(const uint32_t (&word)[kRows], int w, const float4* x, 
 template <int kSteps, int kRows>
 struct Flight {
   uint4 chunks[kSteps][kRows];
-  uint16_t scales[kSteps][kRows];
 };
 
 // The dot product runs over segments, each one row's K weights: gate/up has one, down one per chosen expert.
@@ -86,8 +57,7 @@ struct Flight {
 template <WeightFormat kFormat, int kSegments>
 __device__ int segment_of(int chunk, int chunks_per_row) {
   if constexpr (kSegments == 1) return 0;
-  // Exact far beyond the few thousand chunks that fit into shared memory, and cheaper than an integer division.
-  return __float2int_rd((chunk + 0.5f) * __frcp_rn(static_cast<float>(chunks_per_row)));
+  return quotient(chunk, chunks_per_row);
 }
 
 template <WeightFormat kFormat, int kSegments, int kSteps, int kRows, typename RowOf>
@@ -102,23 +72,18 @@ __device__ void take_off(Flight<kSteps, kRows>& flight, const Weights& weights, 
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       flight.chunks[s][r] = make_uint4(0, 0, 0, 0);
-      flight.scales[s][r] = 0;
       if (chunk < num_chunks) {
         const int64_t row = row_of(segment, r);
         flight.chunks[s][r] = __ldcs(static_cast<const uint4*>(weights.values) + row * chunks_per_row + within);
-        if constexpr (kIsInt4<kFormat>) {
-          const int64_t first_code = row * weights.k + within * kPerChunk<kFormat>;
-          flight.scales[s][r] = static_cast<const uint16_t*>(weights.scales)[first_code >> weights.block_shift];
-        }
       }
     }
   }
 }
 
-// Scales are applied per chunk: int4 blocks are whole chunks, and the segments of a sum are rows of different experts.
+// Scales are applied per chunk: the segments of a sum are rows of different experts.
 template <typename Real, WeightFormat kFormat, int kSegments, int kSteps, int kRows, typename RowOf>
 __device__ void land(const Flight<kSteps, kRows>& flight, const Weights& weights, int first_step, int num_chunks,
-                     RowOf row_of, const float4* staged, const float* chunk_sums, float (&sums)[kRows]) {
+                     RowOf row_of, const float4* staged, float (&sums)[kRows]) {
   constexpr int kQuads = kPerChunk<kFormat> / 4;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -139,9 +104,6 @@ __device__ void land(const Flight<kSteps, kRows>& flight, const Weights& weights
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kIsInt4<kFormat>) {
-        dots[r] = (dots[r] - chunk_sums[chunk]) * block_scale(weights, flight.scales[s][r]);
-      }
       if constexpr (kFormat == WeightFormat::kInt8) {
         const int segment = segment_of<kFormat, kSegments>(chunk, weights.k / kPerChunk<kFormat>);
         dots[r] *= static_cast<const float*>(weights.scales)[row_of(segment, r)];
@@ -152,7 +114,7 @@ __device__ void land(const Flight<kSteps, kRows>& flight, const Weights& weights
 }
 
 // Block sizes fit 26B-A4B on 132 multiprocessors: 11 warps of two f make 8 experts 256 blocks, two a multiprocessor; 11
-// warps of two e make 128 blocks. Steps in flight: an int4 row of E = 2816 is 88 chunks, 3 steps; 8 of F = 704 are 6.
+// warps of two e make 128 blocks.
 constexpr int kGateUpWarps = 11;
 constexpr int kGateUpSteps = 3;
 constexpr int kDownWarps = 11;
@@ -164,14 +126,15 @@ __global__ void __launch_bounds__(kGateUpWarps* kWarp, 2)
     few_gate_up(const Real* hidden_states, Router router, Weights gate_up, float* activated) {
   extern __shared__ float4 staged[];
   __shared__ Routing routing;
-  let_next_kernel_start();
+  wait_for_previous_kernel();
+  let_next_kernel_start();  // not before: few_down counts on all that precedes this kernel being complete
   const int64_t token = blockIdx.y / router.top_k;
   const int j = blockIdx.y % router.top_k;
   const int num_chunks = gate_up.k / kPerChunk<kFormat>;
-  float* chunk_sums = reinterpret_cast<float*>(staged) + staged_floats<kFormat>(gate_up.k);
 
+  Choice choice;
   if (threadIdx.x < kWarp) {
-    route_with_warp(router, token, &routing);
+    choice = choose_with_warp(router, token, &routing);
   } else {  // meanwhile the other warps stage x
     const Real* x = hidden_states + token * gate_up.k;
     for (int i = (threadIdx.x - kWarp) * 4; i < gate_up.k; i += (blockDim.x - kWarp) * 4) {
@@ -190,17 +153,15 @@ __global__ void __launch_bounds__(kGateUpWarps* kWarp, 2)
   const auto row_of = [=](int, int r) { return first_row + r / 2 + (r % 2 ? num_f : 0); };  // gate, up, gate, up
   Flight<kGateUpSteps, 4> flight;
   if (has_rows) take_off<kFormat, 1>(flight, gate_up, 0, num_chunks, row_of);
-  if constexpr (kIsInt4<kFormat>) {
-    sum_chunks<kFormat>(staged, num_chunks, chunk_sums);
-    __syncthreads();
-  }
+  if (threadIdx.x < kWarp) weigh_with_warp(router, choice, &routing);
+  __syncthreads();
   if (!has_rows) return;
 
   float sums[4] = {};
-  land<Real, kFormat, 1>(flight, gate_up, 0, num_chunks, row_of, staged, chunk_sums, sums);
+  land<Real, kFormat, 1>(flight, gate_up, 0, num_chunks, row_of, staged, sums);
   for (int step = kGateUpSteps; step * kWarp < num_chunks; step += kGateUpSteps) {
     take_off<kFormat, 1>(flight, gate_up, step, num_chunks, row_of);
-    land<Real, kFormat, 1>(flight, gate_up, step, num_chunks, row_of, staged, chunk_sums, sums);
+    land<Real, kFormat, 1>(flight, gate_up, step, num_chunks, row_of, staged, sums);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -221,11 +182,10 @@ __global__ void __launch_bounds__(kDownWarps* kWarp)
   const int64_t token = blockIdx.y;
   const int length = router.top_k * down.k;
   const int num_chunks = length / kPerChunk<kFormat>;
-  float* chunk_sums = reinterpret_cast<float*>(staged) + staged_floats<kFormat>(length);
 
   // Routing again costs less than reading it back: it lets the weights take off before the previous kernel is done.
-  // The router logits are older than the previous kernel, which started only after they were complete.
-  if (threadIdx.x < kWarp) route_with_warp(router, token, &routing);
+  // The router logits are older than the previous kernel, which let this one start only after they were complete.
+  if (threadIdx.x < kWarp) choose_with_warp(router, token, &routing);
   __syncthreads();
   const int e = (blockIdx.x * kDownWarps + threadIdx.x / kWarp) * 2;
   const bool has_rows = e < down.rows;  // E is even
@@ -234,21 +194,18 @@ __global__ void __launch_bounds__(kDownWarps* kWarp)
   if (has_rows) take_off<kFormat, kMaxTopK>(flight, down, 0, num_chunks, row_of);
 
   wait_for_previous_kernel();
+  let_next_kernel_start();
   for (int i = threadIdx.x * 4; i < length; i += blockDim.x * 4) {
     staged[staged_quad<kFormat>(i)] = *reinterpret_cast<const float4*>(activated + token * length + i);
   }
   __syncthreads();
-  if constexpr (kIsInt4<kFormat>) {
-    sum_chunks<kFormat>(staged, num_chunks, chunk_sums);
-    __syncthreads();
-  }
   if (!has_rows) return;
 
   float sums[2] = {};
-  land<Real, kFormat, kMaxTopK>(flight, down, 0, num_chunks, row_of, staged, chunk_sums, sums);
+  land<Real, kFormat, kMaxTopK>(flight, down, 0, num_chunks, row_of, staged, sums);
   for (int step = kDownSteps; step * kWarp < num_chunks; step += kDownSteps) {
     take_off<kFormat, kMaxTopK>(flight, down, step, num_chunks, row_of);
-    land<Real, kFormat, kMaxTopK>(flight, down, step, num_chunks, row_of, staged, chunk_sums, sums);
+    land<Real, kFormat, kMaxTopK>(flight, down, step, num_chunks, row_of, staged, sums);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

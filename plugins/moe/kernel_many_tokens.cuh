@@ -1,5 +1,5 @@
-// Version 3 of the Gemma4MoE kernel, many tokens: one matrix product per expert over the rows routed to it, 64 rows at
-// a time, on tensor cores; each pair's output is kept apart and added in a fixed order.
+// Version 3 of the Gemma4MoE kernel, many tokens: one matrix product per expert over the rows routed to it, 32 or 64 rows
+// at a time, on tensor cores; each pair's output is kept apart and added in a fixed order.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,8 @@
 namespace gemma4 {
 namespace {
 
-constexpr int kTileRows = 64;      // pairs
+// Pairs in a tile: few where an expert has few, so that less of a tile is empty.
+constexpr int kFewRows = 32, kManyRows = 64;
 constexpr int kTileColumns = 128;  // weight rows
 constexpr int kTileWords = 32;     // 4-byte words along K: 64 16-bit or 32 tf32 numbers
 constexpr int kPitch = kTileWords + 4;  // words; the 8 rows x 4 words of a fragment then hit 32 different banks
@@ -22,9 +23,10 @@ struct Tile {
   int count;
 };
 
-// rows: all pairs, those of expert 0 first; tiles: runs of at most 64 rows of one expert. One block. Where in its run a
+// rows: all pairs, those of expert 0 first; tiles: runs of at most `tile_rows` rows of one expert. One block. Where in its run a
 // pair lands depends on timing, but no result depends on where: rows of a tile never mix.
-__global__ void group_rows(const int* experts, int num_pairs, int num_experts, int* rows, Tile* tiles, int* num_tiles) {
+__global__ void group_rows(const int* experts, int num_pairs, int num_experts, int tile_rows, int* rows, Tile* tiles,
+                           int* num_tiles) {
   __shared__ int counts[kMaxExperts];
   __shared__ int cursors[kMaxExperts];
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) counts[e] = 0;
@@ -35,8 +37,8 @@ __global__ void group_rows(const int* experts, int num_pairs, int num_experts, i
     int first = 0, tile = 0;
     for (int e = 0; e < num_experts; ++e) {
       cursors[e] = first;
-      for (int done = 0; done < counts[e]; done += kTileRows) {
-        tiles[tile++] = Tile{e, first + done, min(kTileRows, counts[e] - done)};
+      for (int done = 0; done < counts[e]; done += tile_rows) {
+        tiles[tile++] = Tile{e, first + done, min(tile_rows, counts[e] - done)};
       }
       first += counts[e];
     }
@@ -46,10 +48,14 @@ __global__ void group_rows(const int* experts, int num_pairs, int num_experts, i
   for (int p = threadIdx.x; p < num_pairs; p += blockDim.x) rows[atomicAdd(&cursors[experts[p]], 1)] = p;
 }
 
-// The most tiles that group_rows can make.
-int64_t max_tiles(const MoeSizes& sizes) {
+int tile_rows(const MoeSizes& sizes) {
+  return sizes.num_tokens * sizes.top_k <= kFewRows * sizes.num_experts ? kFewRows : kManyRows;
+}
+
+// The most tiles of so many rows that group_rows can make.
+int64_t max_tiles(const MoeSizes& sizes, int rows) {
   const int64_t pairs = sizes.num_tokens * sizes.top_k;
-  return pairs / kTileRows + std::min(pairs, sizes.num_experts);
+  return pairs / rows + std::min(pairs, sizes.num_experts);
 }
 
 // One word of the weight tile holds these: two 16-bit numbers, or one fp32 number that tf32 holds exactly.
@@ -102,33 +108,16 @@ __device__ void unpack_chunk(const uint4& chunk, uint32_t* words) {
   }
 }
 
-// sums[16 x 8] += a[16 x 8 words] * b[8 words x 8]; a word is two 16-bit numbers or one tf32.
-template <typename Element>
-__device__ void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#define GEMMA4_MMA(kind)                                                                                       \
-  asm volatile("mma.sync.aligned." kind " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"               \
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                     \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-  if constexpr (std::is_same_v<Element, __half>) {
-    GEMMA4_MMA("m16n8k16.row.col.f32.f16.f16.f32");
-  } else if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    GEMMA4_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
-  } else {
-    GEMMA4_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
-  }
-#undef GEMMA4_MMA
-}
-
 __device__ float round_to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return __uint_as_float(bits);
 }
 
-// One tile of one expert: [64 rows, K] x [128 weight rows, K]^T. With kIsGateUp the weight rows alternate, 8 gate rows
+// One tile of one expert: [kRows, K] x [128 weight rows, K]^T. With kIsGateUp the weight rows alternate, 8 gate rows
 // and their 8 up rows, so that a thread holds both halves of its elements; Element is Real, the input hidden_states.
-// Otherwise Element is float (tf32), the input `activated`. Four warps, each 32 rows x 64 columns.
-template <typename Real, typename Element, WeightFormat kFormat, bool kIsGateUp>
+// Otherwise Element is float (tf32), the input `activated`. Four warps, each 32 rows x 64 (of few rows: 32) columns.
+template <typename Real, typename Element, WeightFormat kFormat, bool kIsGateUp, int kRows>
 __global__ void __launch_bounds__(kTileThreads)
     many_project(const Element* input, Weights weights, const int* rows, const Tile* tiles, const int* num_tiles,
                  const float* pair_weights, int top_k, float* output) {
@@ -139,19 +128,19 @@ __global__ void __launch_bounds__(kTileThreads)
   constexpr int kChunksPerRow = kTileK / kPerChunk<kFormat>;
   constexpr int kChunks = kTileColumns * kChunksPerRow / kTileThreads; // weight chunks per thread
   constexpr int kWordsPerChunk = kPerChunk<kFormat> / kPerWord;
-  constexpr int kInputQuads = kTileRows * kTileWords / 4 / kTileThreads;
+  constexpr int kInputQuads = kRows * kTileWords / 4 / kTileThreads;
   constexpr int kInputPerQuad = 4 * kPerWord;
 
-  __shared__ __align__(16) uint32_t input_tile[kTileRows][kPitch];
+  __shared__ __align__(16) uint32_t input_tile[kRows][kPitch];
   __shared__ __align__(16) uint32_t weight_tile[kTileColumns][kPitch];
   __shared__ float scale_tile[kGroups][kTileColumns];
-  __shared__ int tile_rows[kTileRows];
+  __shared__ int tile_rows[kRows];
 
   if (blockIdx.y >= *num_tiles) return;
   const Tile tile = tiles[blockIdx.y];
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int group_id = lane / 4, in_group = lane % 4;  // the mma fragments' coordinates
-  if (thread < kTileRows) tile_rows[thread] = thread < tile.count ? rows[tile.first + thread] : -1;
+  if (thread < kRows) tile_rows[thread] = thread < tile.count ? rows[tile.first + thread] : -1;
   __syncthreads();
 
   // The weight row of column c of this tile, -1 beyond the matrix.
@@ -225,8 +214,10 @@ __global__ void __launch_bounds__(kTileThreads)
     }
   };
 
-  const int first_row = warp / 2 * 32, first_column = warp % 2 * 64;
-  float sums[2][8][4] = {};
+  constexpr int kWarpsAcross = kTileThreads / kWarp / (kRows / 32), kWarpColumns = kTileColumns / kWarpsAcross;
+  constexpr int kColumnTiles = kWarpColumns / 8;
+  const int first_row = warp / kWarpsAcross * 32, first_column = warp % kWarpsAcross * kWarpColumns;
+  float sums[2][kColumnTiles][4] = {};
   fetch(0);
   for (int k0 = 0; k0 < weights.k; k0 += kTileK) {
     __syncthreads();
@@ -248,7 +239,7 @@ __global__ void __launch_bounds__(kTileThreads)
         }
       }
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
+      for (int n = 0; n < kColumnTiles; ++n) {
         float group_sums[2][4] = {};
 #pragma unroll
         for (int s = 0; s < kStepsPerGroup; ++s) {
@@ -276,7 +267,7 @@ __global__ void __launch_bounds__(kTileThreads)
     return row >= 0 ? static_cast<const float*>(weights.scales)[row] : 0.0f;
   };
 #pragma unroll
-  for (int n = 0; n < 8; n += kIsGateUp ? 2 : 1) {
+  for (int n = 0; n < kColumnTiles; n += kIsGateUp ? 2 : 1) {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const int c = first_column + n * 8 + in_group * 2 + side;

@@ -14,8 +14,14 @@ wait $!
 "$folder/moe_driver" check "$folder"/cases/*.case
 nvcc -O3 -std=c++17 -shared -Xcompiler -fPIC,-fvisibility=hidden \
     -gencode "arch=compute_$architecture,code=sm_$architecture" \
-    plugins/moe/trt_plugin.cpp plugins/moe/kernel_cuda.cu -o "$folder/libgemma4_plugins.so"
+    plugins/moe/trt_plugin.cpp plugins/moe/ort_op.cpp plugins/moe/kernel_cpu.cpp plugins/moe/kernel_cuda.cu \
+    -o "$folder/libgemma4_plugins.so"
 "$folder/moe_driver" plugin "$folder/libgemma4_plugins.so" "$folder"/cases/*.case
+if python3 -c 'import sys, onnxruntime as o; sys.exit("CUDAExecutionProvider" not in o.get_available_providers())'; then
+    python3 tests/moe_ort.py "$folder/libgemma4_plugins.so" CUDAExecutionProvider "$folder/cases"
+else
+    echo "onnxruntime has no CUDA provider here (extra gpu): its shell was not run on the GPU"
+fi
 "$folder/moe_driver" time
 for tool in memcheck initcheck racecheck; do
     echo "compute-sanitizer $tool"
