@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from gemma4_export.configs.command_line import installed_versions
 from gemma4_export.configs.matrix import Cell
 from gemma4_export.configs.model import ModelConfig
 from gemma4_export.configs.models import other_checkpoint
@@ -23,6 +24,7 @@ Inputs = Mapping[str, str]
 _OF_DOWNLOADS = ("exporter.hub",)
 _OF_CPU = ("exporter.lower", "exporter.verify_graphs")
 _OF_ENGINES = ("exporter.engine_graphs",)
+_BUILDERS = ("onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-cu13")
 _CHECKPOINT_ENDINGS = (".safetensors", ".gguf", ".json", ".jinja")
 
 
@@ -41,7 +43,7 @@ def inputs_of(cell: Cell, hashes: FileHashes) -> Inputs:
             [cell.recipe.name, {role: str(form) for role, form in cell.recipe.formats.items()}]
         ),
         "options": _hash_of([cell.model, cell.context, cell.chunk, cell.engines]),
-        **{f"version of {package}": version for package, version in package_versions().items()},
+        **{f"version of {package}": version for package, version in _versions(cell).items()},
         **_code_inputs(cell),
     }
 
@@ -98,13 +100,20 @@ def _hub_ids(cell: Cell) -> list[str]:
 
 
 def _code_inputs(cell: Cell) -> dict[str, str]:
-    others = {*_OF_DOWNLOADS, *(_OF_CPU if cell.has_engines else _OF_ENGINES)}
+    others = {"runtime", *_OF_DOWNLOADS, *(_OF_CPU if cell.has_engines else _OF_ENGINES)}
     others.add("exporter.source" if cell.has_dummy_weights else "exporter.dummy")
     kernels = library_sources() if holds_plugins(cell) else []
+    compiler = ["runtime.engine.__main__"] if cell.compiles_engines else []
     return {
-        **source_hashes(["exporter.requested"], without=others),
+        **source_hashes(["exporter.requested", *compiler], without=others),
         **{f"plugins/{path.relative_to(PLUGINS).as_posix()}": file_hash(path) for path in kernels},
     }
+
+
+def _versions(cell: Cell) -> dict[str, str]:
+    """Of the packages that write graphs and weights, and of those that compile engines of them."""
+    builders = installed_versions() if cell.compiles_engines else {}
+    return package_versions() | {name: builders[name] for name in _BUILDERS if name in builders}
 
 
 def _hash_of(value: Any) -> str:

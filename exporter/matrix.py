@@ -21,6 +21,7 @@ from gemma4_export.configs.command_line import CHECK_FAILED, SKIPPED
 from gemma4_export.configs.errors import ConfigError, Gemma4Error
 from gemma4_export.configs.matrix import Cell
 from gemma4_export.configs.models import ReleasedModel
+from gemma4_export.configs.target import check_recipe
 from gemma4_export.exporter.cell_folder import BOOKS, Built, CellFolder, files_sha256
 from gemma4_export.exporter.cell_key import Inputs, changes, config_of, holds_plugins, inputs_of, key_of
 from gemma4_export.exporter.child import VerifyLevel, verify_in_child
@@ -149,7 +150,7 @@ class MatrixRun:
         built = folder.built()
         if built is None:
             folder.check_ours()
-            _check_fits(cell)  # before the hub is asked for what it would never be asked to send
+            _check_suits(cell)  # before the hub is asked for what it would never be asked to send
         inputs = inputs_of(cell, self.hashes)
         key = key_of(inputs)
         result = replace(result, key=key)
@@ -166,7 +167,7 @@ class MatrixRun:
         if work.exists() or partial_of(work).exists():
             reason = f"interrupted before ({reason})"
         if built is not None:
-            _check_fits(cell)
+            _check_suits(cell)
         return replace(result, state="to build", reason=reason), inputs
 
     def _build(self, cell: Cell, folder: CellFolder, result: Result, inputs: Inputs, lock: int) -> Result:
@@ -196,8 +197,6 @@ class MatrixRun:
     def _verified(self, cell: Cell, work: Path) -> str:
         if self.verify is None:
             return "no: verification is off"
-        if cell.has_engines:
-            return "no: this version runs no engines"
         verdict = verify_in_child(work, self.verify)
         if not verdict.passed:
             reason = verdict.text or verdict.error.strip().removeprefix("error: ").splitlines()[0]
@@ -216,8 +215,8 @@ def run_matrix(
     hashes, builds = FileHashes(out / BOOKS / "hashes.json"), Builds()
     run = MatrixRun(out=out, verify=verify, say=say, hashes=hashes, builds=builds)
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run.result_of, cell, dry=dry) for cell in cells]
-        try:
+        try:  # around all of it: leaving the pool waits for what runs in it
+            futures = [pool.submit(run.result_of, cell, dry=dry) for cell in cells]
             results = [future.result() for future in futures]
         except BaseException:
             builds.stop()
@@ -260,15 +259,19 @@ def _failed_build(code: int, log: Path) -> _CellEndError:
     return _CellEndError("failed", cause, rest.partition("hint: ")[2].partition("\n")[0])
 
 
-def _check_fits(cell: Cell) -> None:
-    """Leave out what is larger than its target.
+def _check_suits(cell: Cell) -> None:
+    """Leave out what is larger than its target, or in formats that it has no products for.
 
     A target without a stated memory is the machine that the artifact will run on, of which nothing is known here; of a
     model that only the hub knows nothing is known before its download.
 
     Raises:
-        _CellEndError: weights, KV and scratch need more memory than the target has.
+        _CellEndError: weights, KV and scratch need more memory than the target has, or the recipe is not for it.
     """
+    try:
+        check_recipe(cell.target, cell.recipe)
+    except ConfigError as error:
+        raise _CellEndError("skipped", error.cause, error.hint or "") from error
     config = None if cell.target.memory_bytes is None else config_of(cell)
     if config is None:
         return

@@ -204,6 +204,10 @@ def test_engines_with_our_kernels_depend_on_their_sources_and_nothing_else_does(
     assert not any("driver" in name for name in found)  # no part of the library
     moe = {"model": None, "checkpoint": tiny.checkpoint("26b-a4b"), "has_dummy_weights": False}
     assert kernels(**moe, target="rtx4090") == found
+    compiled, later = (set(inputs(cell(target="rtx4090", engines=engines), tmp_path)) for engines in (None, "later"))
+    assert later < compiled
+    assert {"runtime/engine/build.py", "version of onnxruntime-ep-nv-tensorrt-rtx-cu13"} <= compiled - later
+    assert not {name for name in compiled if re.match(r"runtime/(?!engine/|__init__|memory|checks)", name)}
     assert kernels(**moe, target="rtx4090", engines="later") == kernels(**moe) == kernels(target="rtx4090") == set()
 
 
@@ -498,7 +502,9 @@ def test_what_cannot_fit_is_left_out_and_the_rest_is_built(tmp_path, built_with)
     assert len(built_with) == 1
     small = cell(checkpoint=tiny.checkpoint("31b"), has_dummy_weights=False, target="rtx4090", engines="later")
     (fits,) = run([small], tmp_path)
-    assert (fits.state, fits.verified) == ("built", "no: this version runs no engines")
+    assert (fits.state, fits.verified) == ("built", "layers: passed: all")
+    (no_products,) = run([cell(recipe="fp8")], tmp_path)
+    assert (no_products.state, no_products.hint) == ("skipped", "--recipe int8 takes as many bytes")
 
 
 def test_a_build_that_fails_says_why_and_the_rest_is_built(tmp_path, monkeypatch):
