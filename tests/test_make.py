@@ -101,7 +101,7 @@ class Place:
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> Any:
     """What a run told, as JSON."""
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=480)
     assert process.returncode == code, err
     return json.loads(out)
 
@@ -241,6 +241,23 @@ def test_an_edited_recipe_is_built_into_its_artifacts(built):
         assert Artifact.open(built.out / cell).manifest.census["decoder.per_layer"].format == "bfloat16"
     assert built.files(*B) == others
     assert built.builds() == started + 2
+
+
+@pytest.mark.full
+def test_a_kernel_that_changes_is_compiled_into_the_engines_that_hold_it(place):
+    """Of two models for two targets, engines compiled here, one artifact has a kernel of ours."""
+    path = place.folder / "matrix.toml"
+    text = path.read_text(encoding="utf-8")
+    short = text.replace('engines = "later"\n', "").replace('checkpoint = "', 'context = 64\ncheckpoint = "')
+    with edited(path, text, short):
+        ended(place.matrix())
+        assert place.to_build() == set()
+        with edited(place.repository / "plugins" / "moe" / "kernel_cuda.cu", "\n", "\n\n"):
+            told = ended(place.matrix())
+    assert {cell["cell"]: cell["reason"] for cell in told["cells"] if cell["state"] == "built"} == {
+        B[1]: "changed: plugins/moe/kernel_cuda.cu"
+    }
+    assert Artifact.open(place.out / B[1], check="full").manifest.engines.compiled is not None
 
 
 def test_a_runner_that_is_killed_alone_leaves_a_build_that_the_next_one_takes(place):
