@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gemma4_export.configs.errors import ConfigError
-from gemma4_export.configs.formats import FP8
+from gemma4_export.configs.formats import FP8, WeightFormat
 from gemma4_export.configs.recipe import Recipe
 from gemma4_export.configs.toml import check_keys, load_named, names_in
 
@@ -137,7 +138,16 @@ def check_recipe(target: Target, recipe: Recipe) -> None:
     Raises:
         ConfigError: fp8 for a processor, or for a GPU older than compute capability 8.9.
     """
-    if FP8 not in recipe.formats.values():
+    check_formats(target, recipe.name, recipe.formats.values())
+
+
+def check_formats(target: Target, recipe: str, formats: Iterable[WeightFormat]) -> None:
+    """`check_recipe` for an artifact that was built: its manifest knows the recipe's name and formats.
+
+    Raises:
+        ConfigError: as `check_recipe`.
+    """
+    if FP8 not in formats:
         return
     capability = target.compute_capability
     if target.built_backend == "ort-cpu" or capability is None:
@@ -146,4 +156,4 @@ def check_recipe(target: Target, recipe: Recipe) -> None:
         cause = f"fp8 needs compute capability {_FP8_CAPABILITY}, {target.title} has {capability}"
     else:
         return
-    raise ConfigError(f"recipe {recipe.name} for {target.name}: {cause}", hint="--recipe int8 takes as many bytes")
+    raise ConfigError(f"recipe {recipe} for {target.name}: {cause}", hint="--recipe int8 takes as many bytes")

@@ -38,7 +38,7 @@ from gemma4_export.configs.recipe import Recipe
 from gemma4_export.configs.target import FloatType, Target, check_buildable, check_recipe
 from gemma4_export.exporter.engine_graphs import EngineTarget, Experts, write_engine_graphs
 from gemma4_export.exporter.lower import lower_ort_cpu
-from gemma4_export.exporter.memory import load_peak_bytes
+from gemma4_export.exporter.memory import engine_bytes, load_peak_bytes
 from gemma4_export.exporter.oracle import encode_prompts, oracle_bytes, record_oracle
 from gemma4_export.exporter.package import hash_files, partial_folder
 from gemma4_export.exporter.passes.matmul import Activations
@@ -177,7 +177,9 @@ def build_artifact(
         source.specs.values(), options.recipe, wide_scales=source.wide_scales, packing=options.packing
     )
     with partial_folder(out) as work:
-        check_room(placement, work, oracle_bytes=oracle_bytes(config))
+        check_room(
+            placement, work, oracle_bytes=oracle_bytes(config), engine_bytes=engine_bytes(placement) if finish else 0
+        )
         source.write_tokenizer(work / TOKENIZER_FOLDER)
         on_progress("trace", f"{config.num_layers} layers on fake tensors", 0, 1)
         traced = trace_decoder(config)

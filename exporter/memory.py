@@ -53,6 +53,11 @@ def load_peak_bytes(placement: Placement, *, is_cpu: bool) -> int:
     return PROCESS_BYTES + sum(held_bytes(placement, is_cpu=is_cpu).values()) + max(twice, default=0)
 
 
+def engine_bytes(placement: Placement) -> int:
+    """Disk that compiled engines take: each is about as large as the weights that it was built from."""
+    return sum(weight.placed.code_bytes + weight.placed.scale_bytes for weight in _matrices(placement))
+
+
 def _matrices(placement: Placement) -> list[StoredWeight]:
     """All but the tables. The token table is the head as well where both have one format."""
     is_head = placement.weights[LM_HEAD] == placement.weights[EMBED_TOKENS]

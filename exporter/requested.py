@@ -20,9 +20,11 @@ from gemma4_export.exporter.child import check_engine_builder, compile_engines
 from gemma4_export.exporter.dummy import DummySource
 from gemma4_export.exporter.engine_graphs import Experts
 from gemma4_export.exporter.hub import download
+from gemma4_export.exporter.memory import engine_bytes
 from gemma4_export.exporter.oracle import oracle_bytes
 from gemma4_export.exporter.package import partial_of
 from gemma4_export.exporter.passes.matmul import Activations
+from gemma4_export.exporter.plan import check_fits, make_plan
 from gemma4_export.exporter.source import open_source
 from gemma4_export.exporter.weights import place_weights
 from gemma4_export.exporter.write import WeightSource, check_room
@@ -88,16 +90,31 @@ def build_requested(request: BuildRequest, on_progress: OnProgress, say: Callabl
         say: called with a line to keep, empty where there is nothing to tell.
     Raises:
         ConfigError, CheckpointError: as `build_artifact`, `open_source` and `download`.
+        ConfigError: the model does not fit the target's memory.
         ArtifactError: nothing here can compile the target's engines, or compiling them failed.
     """
     with contextlib.ExitStack() as stack:
         source = _open(request, stack, on_progress, say)
         options = request.options(source.config)
+        check_target_memory(options, source.config)
         finish = None
         if options.has_engines and request.compiles_engines:
             _check_builder(request, source.config)
             finish = functools.partial(_compile, request, on_progress, say)
         return build_artifact(source, options, request.folder, on_progress, finish=finish)
+
+
+def check_target_memory(options: BuildOptions, config: ModelConfig) -> None:
+    """Refuse a GPU whose memory the model and its longest sequence do not fit: its caches are allocated at once.
+
+    Raises:
+        ConfigError: it has too little; the hint names what fits.
+    """
+    if options.target.memory_bytes is None:
+        return
+    name = options.model_name
+    model = ReleasedModel(name=name, title=name, hub_id="", checkpoint_bytes=0, config=config, qat=None)
+    check_fits(make_plan(model, options), model, options)
 
 
 def _check_builder(request: BuildRequest, config: ModelConfig) -> None:
@@ -141,12 +158,16 @@ def _download(
 
     def check_before_weights(config: ModelConfig, cache: Path, download_bytes: int) -> None:
         options = request.options(config)
-        if options.has_engines and request.compiles_engines:
+        check_target_memory(options, config)
+        compiles = options.has_engines and request.compiles_engines
+        if compiles:
             _check_builder(request, config)
+        placement = place_weights(decoder_tensors(config).values(), recipe, packing=options.packing)
         check_room(
-            place_weights(decoder_tensors(config).values(), recipe, packing=options.packing),
+            placement,
             partial_of(request.folder),
             oracle_bytes=oracle_bytes(config),
+            engine_bytes=engine_bytes(placement) if compiles else 0,
             cache=cache,
             download_bytes=download_bytes,
         )

@@ -232,7 +232,13 @@ def _prepare(placement: Placement, folder: Path) -> None:
 
 
 def check_room(
-    placement: Placement, work: Path, *, oracle_bytes: int, cache: Path | None = None, download_bytes: int = 0
+    placement: Placement,
+    work: Path,
+    *,
+    oracle_bytes: int,
+    engine_bytes: int = 0,
+    cache: Path | None = None,
+    download_bytes: int = 0,
 ) -> None:
     """Refuse before the first byte what the disk cannot hold.
 
@@ -240,6 +246,7 @@ def check_room(
         work: the folder that the artifact is written in. It need not be there yet; what a stopped build left in it is
             written over or removed, and counts as room.
         oracle_bytes: of the record that is made from the weights.
+        engine_bytes: of engines that are compiled from them.
         cache: where ``download_bytes`` of the checkpoint are still to come to; they count where it shares a disk with
             ``work``.
     Raises:
@@ -251,6 +258,7 @@ def check_room(
     there = sum(min(path.stat().st_size, sizes.get(path, path.stat().st_size)) for path in files)
     disk = _existing(work)
     free, artifact = shutil.disk_usage(disk).free + there, sum(sizes.values()) + oracle_bytes + _SPARE_BYTES
+    artifact += engine_bytes
     shares = cache is not None and _existing(cache).stat().st_dev == disk.stat().st_dev
     download = download_bytes if shares else 0
     if free < artifact + download:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -247,6 +248,47 @@ def test_a_target_whose_builder_is_not_here(run: Run, tmp_path: Path, target: st
         "or --engines later here, and gemma4-run build ARTIFACT where it can\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_that_the_model_does_not_fit(run: Run, tmp_path: Path) -> None:
+    line = ("gemma4-export", "build", "--model", "31b", "--weights", "dummy", "--target", "rtx4090")
+    for words, cause, hint in (
+        (("--recipe", "bf16"), "31b-dummy as bf16 with 262144 tokens needs ", "--recipe int4 --context "),
+        (("--recipe", "int4"), "31b-dummy as int4 with 262144 tokens needs ", "--context "),
+    ):
+        code, out, err = run(*line, *words, "--out", tmp_path / "out")
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: {cause}")
+        assert "rtx4090 has 25.8 GB\nhint: " + hint in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_wheel
+def test_the_disk_is_asked_for_engines_as_well(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as the folder without them needs is too little, before a weight is written."""
+    asked: list[float] = []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    for engines in ((), ("--engines", "later")):
+        line = ("gemma4-export", "build", "--model", "e2b", "--weights", "dummy", "--target", "rtx4090")
+        code, _, err = run(*line, *engines, "--recipe", "int4", "--out", tmp_path / "out")
+        assert code == 2
+        asked.append(float(re.search(r"the artifact needs ([\d.]+) GB", err)[1]))  # type: ignore[index]
+    assert asked[0] - asked[1] == pytest.approx(1.3, abs=0.05)  # E2B's decoder and head in int4
+
+
+@needs_wheel
+def test_fp8_for_a_gpu_that_has_none(run: Run, lowered: Path) -> None:
+    path = lowered / MANIFEST_NAME
+    manifest = Manifest.from_json(path.read_text("utf-8"))
+    census = {role: dataclasses.replace(entry, format="fp8") for role, entry in manifest.census.items()}
+    path.write_text(dataclasses.replace(manifest, recipe="fp8", census=census).to_json(), encoding="utf-8")
+    code, _, err = run("gemma4-run", "build", lowered, "--target", "rtx4090", "--target", "rtx3090")
+    assert code == 2
+    assert err == (
+        "error: recipe fp8 for rtx3090: fp8 needs compute capability 8.9, GeForce RTX 3090, 24 GB has 8.6\n"
+        "hint: --recipe int8 takes as many bytes\n"
+    )
 
 
 def test_engines_later_names_the_command_that_compiles_them(run: Run, tmp_path: Path) -> None:

@@ -40,14 +40,13 @@ def build(
 
     started = time.monotonic()
     opened = Artifact.open(artifact, with_engines=False)
-    entry = opened.manifest.engines
 
     def on_built(engine: BuiltEngine) -> None:
         say(engine_line(opened.manifest, engine))
 
     compiled = compile_artifact(
         opened,
-        compute_capabilities=target_capabilities(target, entry.backend) if target and entry else None,
+        compute_capabilities=target_capabilities(target or [], opened.manifest),
         memory_bytes=memory_bytes,
         on_built=on_built,
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ArtifactError, ConfigError
 from gemma4_export.configs.evidence import GRAPHS_FOLDER
+from gemma4_export.configs.formats import WeightFormat
 from gemma4_export.configs.manifest import (
     ENGINE_NAME,
     ENGINES_FOLDER,
@@ -26,7 +27,7 @@ from gemma4_export.configs.manifest import (
     GroupEntry,
     Manifest,
 )
-from gemma4_export.configs.target import EngineBackend, load_target
+from gemma4_export.configs.target import EngineBackend, check_formats, load_target
 from gemma4_export.plugins.compile import LIBRARY
 from gemma4_export.runtime.engine.build import (
     BuiltEngine,
@@ -131,13 +132,17 @@ def capability_number(dotted_capability: str) -> int:
     return int(dotted_capability.replace(".", ""))
 
 
-def target_capabilities(names: list[str], backend: EngineBackend) -> tuple[int, ...]:
-    """Compute capabilities of the targets called ``names``, each once.
+def target_capabilities(names: list[str], manifest: Manifest) -> tuple[int, ...] | None:
+    """Compute capabilities of the targets called ``names``, each once; None where there are none.
 
     Raises:
-        ConfigError: a target does not exist, or runs engines of another backend or none.
+        ConfigError: a target does not exist, runs engines of another backend or none, or does not multiply with the
+            artifact's weights.
     """
-    found = []
+    if manifest.engines is None or not names:
+        return None
+    found, backend = [], manifest.engines.backend
+    formats = [WeightFormat.parse(entry.format) for entry in manifest.census.values()]
     for name in names:
         target = load_target(name)
         if target.built_backend != backend or target.compute_capability is None:
@@ -146,6 +151,7 @@ def target_capabilities(names: list[str], backend: EngineBackend) -> tuple[int, 
                 f"this artifact was lowered for {backend}",
                 hint=f"build another one: gemma4-export build --target {name}",
             )
+        check_formats(target, manifest.recipe, formats)
         found.append(capability_number(target.compute_capability))
     return tuple(dict.fromkeys(found))
 
