@@ -26,7 +26,7 @@ __device__ uint32_t code_pair(uint32_t word, int i) {
   uint32_t pair;
   const uint32_t shifted = i < 2 ? word : word >> 8;
   const uint32_t mask = i % 2 ? 0x00f000f0u : 0x000f000fu, flip = i % 2 ? 0x00800080u : 0x00080008u;
-  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(pair) : "r"(shifted), "r"(mask), "r"(flip));  // (shifted & mask) ^ flip
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(pair) : "r"(shifted), "r"(mask), "r"(flip));  // (a & b) ^ c
   return pair;
 }
 
@@ -65,22 +65,36 @@ __device__ void multiply_word(uint32_t low, uint32_t high, const uint4& x, float
   multiply<__half>(sums, a[1], b[1]);
 }
 
-// Two rows' chunks of one lane, and the scales of the two chunks whose sums it gets, loaded before they are needed. With
+__device__ const uint4* chunk_at(const Weights& weights, int expert, int row, int chunk) {
+  const int chunks = weights.k / kCodesPerChunk;
+  return static_cast<const uint4*>(weights.values) + int64_t{expert} * weights.rows * chunks + (row * chunks + chunk);
+}
+
+// 16 bytes on their way to shared memory, where the lane that asked for them reads them; zeros if not `is_inside`.
+__device__ void copy_chunk(uint4* to, const uint4* from, bool is_inside) {
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(is_inside ? 16 : 0)
+               : "memory");
+}
+
+__device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A chunk of two rows of one lane, and the scales of the two chunks whose sums it gets, loaded before they are needed. With
 // kIsPaired both scales are one word: blocks of 32, an even number of them in a row.
-template <int kChunks, bool kIsPaired>
+template <bool kIsPaired>
 struct Rows {
   static constexpr int kScales = kIsPaired ? 1 : 2;
-  uint4 low[kChunks], high[kChunks];
+  uint4 low, high;
   uint32_t low_scales[kScales], high_scales[kScales];
 
-  // Chunk `chunk` of `row` and `row` + `distance` of an expert, as the lane's i-th.
-  __device__ void load_codes(int i, const Weights& weights, int expert, int row, int distance, int chunk) {
+  // Chunk `chunk` of `row` and `row` + `distance` of an expert.
+  __device__ void load_codes(const Weights& weights, int expert, int row, int distance, int chunk) {
     const int chunks = weights.k / kCodesPerChunk;
-    const auto* codes = static_cast<const uint4*>(weights.values) + int64_t{expert} * weights.rows * chunks;
-    low[i] = high[i] = make_uint4(0, 0, 0, 0);
+    const uint4* codes = chunk_at(weights, expert, row, chunk);
+    low = high = make_uint4(0, 0, 0, 0);
     if (chunk < chunks) {
-      low[i] = __ldcs(codes + (row * chunks + chunk));
-      high[i] = __ldcs(codes + ((row + distance) * chunks + chunk));
+      low = __ldcs(codes);
+      high = __ldcs(codes + distance * chunks);
     }
   }
 
@@ -142,22 +156,24 @@ __device__ float2 sum_and_largest(const float (&x)[8]) {
 
 __host__ __device__ constexpr int rounded_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-// Bytes of shared memory: a chunk of zeros, x as B wants it, and two corrections per chunk: the inverse of its scale and
-// -8 times its sum.
-__host__ __device__ constexpr int int4_gate_up_chunks(int E) { return rounded_up(E / kCodesPerChunk, 8); }
-__host__ __device__ constexpr int int4_down_chunks(int F) { return rounded_up(F / kCodesPerChunk, 4); }  // per expert
-__host__ constexpr size_t int4_gate_up_bytes(int64_t E) { return 64 + int4_gate_up_chunks(int(E)) * (64 + 8); }
-__host__ constexpr size_t int4_down_bytes(int64_t F, int64_t top_k) {
-  return 64 + top_k * int4_down_chunks(int(F)) * (128 + 16);
-}
-
 // Sizes fit 26B-A4B on 132 multiprocessors: E = 2816 is 11 units of 8 chunks, one a warp; two tiles of 8 f a block make
-// 352 blocks. Three a multiprocessor would leave 56 registers a thread, which spills; two are faster. 8 experts of
-// F = 704 are 48 groups of 4 chunks, three a warp.
+// 352 blocks. Three a multiprocessor (56 registers a thread) are slower for one token, faster from four on: loads wait for
+// each other's registers. 8 experts of F = 704 are 48 groups of 4 chunks, three a warp.
 constexpr int kInt4GateUpWarps = 11;
 constexpr int kInt4GateUpTiles = 2;
 constexpr int kInt4DownWarps = 16;
 constexpr int kInt4DownSteps = 3;
+
+// Bytes of shared memory: a chunk of zeros, x as B wants it, and two corrections per chunk: the inverse of its scale and
+// -8 times its sum; for gate and up also half of the codes in flight.
+__host__ __device__ constexpr int int4_gate_up_chunks(int E) { return rounded_up(E / kCodesPerChunk, 8); }
+__host__ __device__ constexpr int int4_down_chunks(int F) { return rounded_up(F / kCodesPerChunk, 4); }  // per expert
+__host__ constexpr size_t int4_gate_up_bytes(int64_t E) {
+  return 64 + int4_gate_up_chunks(int(E)) * (64 + 8) + kInt4GateUpWarps * kInt4GateUpTiles * 2 * kWarp * sizeof(uint4);
+}
+__host__ constexpr size_t int4_down_bytes(int64_t F, int64_t top_k) {
+  return 64 + top_k * int4_down_chunks(int(F)) * (128 + 16);
+}
 
 // Grid (F / 16, T * top_k). activated[p, f] = weight of pair p * gelu(gate · x) * (up · x). Row g of a tile is gate
 // f + g, row g + 8 is up f + g; a warp takes 8 chunks of both of the block's tiles.
@@ -174,6 +190,8 @@ __global__ void __launch_bounds__(kInt4GateUpWarps* kWarp, 2)
   const int g = lane / 4, t = lane % 4;
   const int chunks = int4_gate_up_chunks(gate_up.k);
   auto* corrections = reinterpret_cast<float2*>(staged_x + chunks * kWordsPerChunk);
+  // [warps][2 tiles][2 rows][lanes], this lane's
+  uint4* const later = reinterpret_cast<uint4*>(corrections + chunks) + warp * 2 * kInt4GateUpTiles * kWarp + lane;
 
   if (threadIdx.x >= blockDim.x - kWordsPerChunk) zeros[blockDim.x - 1 - threadIdx.x] = make_uint4(0, 0, 0, 0);
   wait_for_previous_kernel();
@@ -205,13 +223,21 @@ __global__ void __launch_bounds__(kInt4GateUpWarps* kWarp, 2)
   for (int first = warp * 8; first < chunks; first += kInt4GateUpWarps * 8) {
     int row = first_f + g;
     asm volatile("" : "+r"(row));  // so that the addresses of a second round, which is rare, take no registers
-    Rows<2, kIsPaired> rows[kInt4GateUpTiles];
+    Rows<kIsPaired> rows[kInt4GateUpTiles];
+    // Half of the chunks wait in registers, half in shared memory: all of them in registers would be too many.
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // in the order in which they are needed
+    for (int i = 0; i < kInt4GateUpTiles; ++i) {
+      rows[i].load_codes(gate_up, expert, row + 8 * i, num_f, first + t);
+    }
+    const bool is_inside = first + 4 + t < gate_up.k / kCodesPerChunk;
 #pragma unroll
-      for (int i = 0; i < kInt4GateUpTiles; ++i) {
-        rows[i].load_codes(half, gate_up, expert, row + 8 * i, num_f, first + 4 * half + t);
-      }
+    for (int i = 0; i < kInt4GateUpTiles; ++i) {
+      // What is not read must still be an address.
+      const uint4* codes = is_inside ? chunk_at(gate_up, expert, row + 8 * i, first + 4 + t)
+                                     : static_cast<const uint4*>(gate_up.values);
+      copy_chunk(later + (2 * i) * kWarp, codes, is_inside);
+      copy_chunk(later + (2 * i + 1) * kWarp, is_inside ? codes + num_f * (gate_up.k / kCodesPerChunk) : codes,
+                 is_inside);
     }
     // Left alone, the compiler takes scales first, and waits for them to spill them, before it asks for codes.
     __syncwarp();
@@ -227,8 +253,15 @@ __global__ void __launch_bounds__(kInt4GateUpWarps* kWarp, 2)
         const uint4 b = x[w];
 #pragma unroll
         for (int i = 0; i < kInt4GateUpTiles; ++i) {
-          multiply_word(word_of(rows[i].low[half], w), word_of(rows[i].high[half], w), b, sums[i]);
+          multiply_word(word_of(rows[i].low, w), word_of(rows[i].high, w), b, sums[i]);
         }
+      }
+      if (half == 1) break;
+      wait_for_copies();
+#pragma unroll
+      for (int i = 0; i < kInt4GateUpTiles; ++i) {
+        rows[i].low = later[(2 * i) * kWarp];
+        rows[i].high = later[(2 * i + 1) * kWarp];
       }
     }
 #pragma unroll
@@ -276,7 +309,7 @@ __global__ void __launch_bounds__(kInt4DownWarps* kWarp, 2)
   if (warp == 0) choose_with_warp(router, token, &routing);
   __syncthreads();
   const int e = blockIdx.x * 16 + g;
-  Rows<1, kIsPaired> rows[kInt4DownSteps];
+  Rows<kIsPaired> rows[kInt4DownSteps];
   const auto load = [&](int first) {
     int row = e;
     asm volatile("" : "+r"(row));
@@ -285,7 +318,7 @@ __global__ void __launch_bounds__(kInt4DownWarps* kWarp, 2)
       const int chunk = first + 4 * i;
       if (chunk >= chunks) break;
       const int j = quotient(chunk, chunks_per_expert), within = chunk - j * chunks_per_expert;
-      rows[i].load_codes(0, down, routing.experts[j], row, 8, within + t);
+      rows[i].load_codes(down, routing.experts[j], row, 8, within + t);
       rows[i].load_scales(down, routing.experts[j], row, 8, within + 2 * t % 4);
     }
   };
@@ -333,7 +366,7 @@ __global__ void __launch_bounds__(kInt4DownWarps* kWarp, 2)
       const uint4* x = g % 4 == t ? staged_x + (half * chunks + chunk + t) * kWordsPerChunk : zeros;
 #pragma unroll
       for (int w = 0; w < kWordsPerChunk; ++w) {
-        multiply_word(word_of(rows[i].low[0], w), word_of(rows[i].high[0], w), x[w], sums);
+        multiply_word(word_of(rows[i].low, w), word_of(rows[i].high, w), x[w], sums);
       }
       rows[i].add(down, sums, corrections + column_half * chunks + chunk + 2 * t % 4, totals);
     }
