@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from gemma4_export.configs.command_line import CHECK_FAILED, SKIPPED
 from gemma4_export.configs.errors import ConfigError, Gemma4Error
@@ -180,7 +180,7 @@ class MatrixRun:
             code = self.builds.run(_build_arguments(cell, folder.work(result.key)), folder.log, held=lock)
             manifest = folder.finished(result.key)
             if code != 0 or manifest is None:
-                raise _failed_build(code, folder.log)
+                _end_failed_build(code, folder.log)
         verified = self._verified(cell, folder.work(result.key))
         if late := changes(inputs, inputs_of(cell, self.hashes)):
             raise _CellEndError("failed", f"changed during the build: {late}", "run it again")
@@ -248,15 +248,15 @@ def _build_arguments(cell: Cell, out: Path) -> list[str]:
     return [text for name, value in options.items() if value is not None for text in (name, str(value))]
 
 
-def _failed_build(code: int, log: Path) -> _CellEndError:
-    """The last error that a build told, or how it ended without one."""
+def _end_failed_build(code: int, log: Path) -> NoReturn:
+    """Raise _CellEndError with the last error that a build told, or with how it ended without one."""
     words = log.read_text(encoding="utf-8", errors="replace")
     _, told, error = words.rpartition("error: ")
     cause, _, rest = error.partition("\n")
     if not told:
         end = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        return _CellEndError("failed", f"the build ended with {end}", f"its words are in {log}")
-    return _CellEndError("failed", cause, rest.partition("hint: ")[2].partition("\n")[0])
+        raise _CellEndError("failed", f"the build ended with {end}", f"its words are in {log}")
+    raise _CellEndError("failed", cause, rest.partition("hint: ")[2].partition("\n")[0])
 
 
 def _check_suits(cell: Cell) -> None:
