@@ -18,7 +18,8 @@ from test_tokenizer import small, small_folder  # noqa: F401  (fixtures)
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.runtime import MalformedCallPiece, ReplyParser, TextPiece, ThoughtPiece, ToolCallPiece, parse_reply
 from gemma4_export.runtime.chat_template import ChatTemplate
-from gemma4_export.runtime.reply import Event, Part, Reply, StopMatcher
+from gemma4_export.runtime.reply import Event, Part, Reply
+from gemma4_export.runtime.stop_strings import StopMatcher
 from gemma4_export.runtime.tokenizer import Tokenizer
 from gemma4_export.runtime.tool_syntax import MalformedCallError, parse_call
 
