@@ -137,6 +137,11 @@ class KVLayout:
             for cache in self.caches
         )
 
+    def cache_read_by(self, layer: int, kind: Literal["sliding", "global"]) -> CacheEntry:
+        """The cache that a layer of this kind attends to, as ``LayerConfig.kv_source``: its own, or the kind's last."""
+        of_kind = [cache for cache in self.caches if cache.kind == kind]
+        return next((cache for cache in of_kind if cache.layer == layer), of_kind[-1])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:

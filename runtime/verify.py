@@ -76,6 +76,7 @@ def verify(
         files=len(manifest.files),
         prompts=prompts,
         tokens=tokens,
+        sliding_window=manifest.kv.sliding_window,
         taps=taps,
         whole=whole,
         whole_not_run=reason,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,12 +46,9 @@ def layer_feeds(manifest: Manifest, oracle: Oracle, layer: int, prompt: int) -> 
     prompts, tokens = oracle.ids.shape
     before = "inputs_embeds" if layer == 0 else f"layers.{layer - 1}.output"
     ends = np.arange(1, tokens + 1, dtype=np.int32)[None]
-    kinds = {cache.layer: cache for cache in manifest.kv.caches}
-    is_sliding, owns_kv = "start" in graph.inputs, "write_index" in graph.inputs
-    kind = "sliding" if is_sliding else "global"
-    # A layer without a cache of its own reads the last one of its kind.
-    donor = layer if owns_kv else max(index for index, cache in kinds.items() if cache.kind == kind)
-    shape = (kinds[donor].num_kv_heads, tokens, kinds[donor].head_dim)
+    kind: Literal["sliding", "global"] = "sliding" if "start" in graph.inputs else "global"
+    cache = manifest.kv.cache_read_by(layer, kind)
+    shape = (cache.num_kv_heads, tokens, cache.head_dim)
     feeds = {
         "hidden_states": oracle.tensor(before)[one],
         "rope": oracle.tensor(f"rope_{kind}"),
@@ -62,7 +59,8 @@ def layer_feeds(manifest: Manifest, oracle: Oracle, layer: int, prompt: int) -> 
     if "per_layer_input" in graph.inputs:
         feeds["per_layer_input"] = oracle.tensor("merged_per_layer_inputs")[one, :, layer]
     for part in ("key", "value"):
-        full = None if owns_kv else oracle.tensor(f"layers.{donor}.{part}", prompts, *shape)[one]
+        owns_kv = cache.layer == layer
+        full = None if owns_kv else oracle.tensor(f"layers.{cache.layer}.{part}", prompts, *shape)[one]
         feeds[f"past_{part}"] = np.zeros((1, *shape), np.float32) if full is None else full
     return {name: np.ascontiguousarray(feeds[name]) for name in graph.inputs}
 

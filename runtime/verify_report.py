@@ -6,11 +6,12 @@ import dataclasses
 import json
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gemma4_export.configs.evidence import REPORTS_FOLDER, VerifiedRole
+from gemma4_export.configs.evidence import REPORTS_FOLDER, TAP_ROLES, VerifiedRole
 from gemma4_export.configs.output import naming
 
 Level = Literal["layers", "full"]
@@ -36,8 +37,25 @@ class TapDrift:
     """Tokens left out because rounding may send them to another expert."""
 
     @property
+    def is_compared(self) -> bool:
+        """Whether there was a token to judge; where there was none, ``drift`` is 0 and says nothing."""
+        return self.rows > 0
+
+    @property
     def is_inside(self) -> bool:
-        return self.rows > 0 and self.drift <= self.bound
+        return self.is_compared and self.drift <= self.bound
+
+    @property
+    def finding(self) -> str:
+        """What the drift of one that is outside says, for a sentence."""
+        if not self.is_compared:
+            return f"not compared: every token, all {self.rows_near_a_tie}, is too near a tie between two experts"
+        return f"drifts {self.drift:.2e}, bound {self.bound:.2e}"
+
+
+def worst(taps: Iterable[TapDrift]) -> TapDrift | None:
+    """The tap that is furthest out, measured in its own bound."""
+    return max(taps, key=lambda tap: (not tap.is_inside, tap.drift / tap.bound), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +97,7 @@ class Report:
     prompts: int
     tokens: int
     """Of each prompt."""
+    sliding_window: int | None
     taps: list[TapDrift]
     whole: list[WholeModel]
     whole_not_run: str | None
@@ -96,6 +115,29 @@ class Report:
         return any(tap.role not in ("embedding", "ple") for tap in self.taps)
 
     @property
+    def layer_roles(self) -> list[VerifiedRole]:
+        """Roles of which layers have taps, in the order in which a layer computes them."""
+        present = {tap.role for tap in self.taps if tap.layer is not None}
+        return [role for role in dict.fromkeys(TAP_ROLES.values()) if role in present]
+
+    def by_layer(self) -> dict[int, list[TapDrift]]:
+        """Layer -> its taps; what lies outside the layers is in none."""
+        layers: dict[int, list[TapDrift]] = {}
+        for tap in self.taps:
+            if tap.layer is not None:
+                layers.setdefault(tap.layer, []).append(tap)
+        return dict(sorted(layers.items()))
+
+    @property
+    def lengths(self) -> str:
+        """What was run, in tokens, and whether the sliding window was crossed."""
+        prompts = f"{self.prompts} prompts of {self.tokens} tokens"
+        if self.sliding_window is None:
+            return f"{prompts}; no layer slides"
+        reach = "longer than" if self.tokens > self.sliding_window else "within"
+        return f"{prompts}, {reach} the sliding window of {self.sliding_window}"
+
+    @property
     def passed(self) -> bool:
         return self.first_outside is None and all(one.is_inside for one in self.whole)
 
@@ -105,7 +147,7 @@ class Report:
         first = self.first_outside
         if first is not None:
             where = "outside the layers" if first.layer is None else f"layer {first.layer}"
-            return f"failed: {where}, {first.role}: {first.name} drifts {first.drift:.2e}, bound {first.bound:.2e}"
+            return f"failed: {where}, {first.role}: {first.name} {first.finding}"
         for one in self.whole:
             if not one.is_inside:
                 bound = "finite" if one.bound is None else f"{one.bound:.2e}"

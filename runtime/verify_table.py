@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import html
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from gemma4_export.configs.evidence import VerifiedRole
-from gemma4_export.runtime.verify_report import Report, TapDrift
-
-_LAYER_ROLES: tuple[VerifiedRole, ...] = ("attention", "mlp", "experts", "ple", "output")
-_COLOURS: dict[str, str] = dict(zip(_LAYER_ROLES, ("#1f6feb", "#d29922", "#8250df", "#2da44e", "#57606a"), strict=True))
-_WIDTH, _HEIGHT, _LEFT, _TOP = 860, 300, 64, 12
-_SMALLEST = 1e-9  # where the drawn scale ends; float32 cannot show less
-
-
-def worst(taps: Iterable[TapDrift]) -> TapDrift | None:
-    """The tap that is furthest out, measured in its own bound."""
-    return max(taps, key=lambda tap: (not tap.is_inside, tap.drift / tap.bound), default=None)
+from gemma4_export.runtime.drift_chart import drift_svg
+from gemma4_export.runtime.verify_report import Report, TapDrift, worst
 
 
 def text_lines(report: Report) -> list[str]:
     """One line per layer, one column per role: the drift that is worst in its bound; ! marks one outside."""
-    roles = _roles_of(report)
-    lines = [f"{report.model}, {report.recipe}, {report.backend} on {report.device}"]
+    roles = report.layer_roles
+    lines = [f"{report.model}, {report.recipe}, {report.backend} on {report.device}", report.lengths]
     lines.append("drift      " + "".join(f"{role:>22}" for role in roles) + "      (drift / bound)")
-    for name, taps in _groups(report):
+    for layer, taps in report.by_layer().items():
         cells = [_cell([tap for tap in taps if tap.role == role]) for role in roles]
-        lines.append(f"{name:<11}" + "".join(f"{cell:>22}" for cell in cells))
-    outside = {"embedding": "embedding", "head": "head"}
-    for role, name in outside.items():
-        lines.append(f"{name:<11}{_cell([tap for tap in report.taps if tap.role == role]):>22}")
+        lines.append(f"{f'layer {layer}':<11}" + "".join(f"{cell:>22}" for cell in cells))
+    for role in ("embedding", "head"):
+        lines.append(f"{role:<11}{_cell([tap for tap in report.taps if tap.role == role]):>22}")
     int8 = [tap.int8_drift for tap in report.taps if tap.int8_drift is not None]
     if int8:
         lines.append(f"with activations rounded to int8: drift up to {max(int8):.2e}, reported only")
@@ -54,19 +42,15 @@ def _whole_lines(report: Report) -> list[str]:
     return lines
 
 
-def _roles_of(report: Report) -> list[VerifiedRole]:
-    present = {tap.role for tap in report.taps}
-    return [role for role in _LAYER_ROLES if role in present]
-
-
-def _groups(report: Report) -> list[tuple[str, list[TapDrift]]]:
-    layers = sorted({tap.layer for tap in report.taps if tap.layer is not None})
-    return [(f"layer {layer}", [tap for tap in report.taps if tap.layer == layer]) for layer in layers]
-
-
 def _cell(taps: Sequence[TapDrift]) -> str:
     tap = worst(taps)
-    return "" if tap is None else f"{tap.drift:.1e} / {tap.bound:.1e}{' ' if tap.is_inside else '!'}"
+    if tap is None:
+        return ""
+    return f"{_drift(tap, 1)} / {tap.bound:.1e}{' ' if tap.is_inside else '!'}"
+
+
+def _drift(tap: TapDrift, digits: int) -> str:
+    return f"{tap.drift:.{digits}e}" if tap.is_compared else "no token"
 
 
 def html_page(report: Report) -> str:
@@ -76,7 +60,7 @@ def html_page(report: Report) -> str:
     facts = [
         f"{report.model}, recipe {report.recipe}",
         f"{report.backend} on {report.device}",
-        f"{report.prompts} prompts of {report.tokens} tokens; {report.files} files hashed",
+        f"{report.lengths}; {report.files} files hashed",
         *_whole_lines(report),
         *(f"not covered: {what}" for what in report.not_covered),
         ", ".join(f"{name} {version}" for name, version in sorted(report.versions.items())),
@@ -104,54 +88,5 @@ td, th {{ padding: .1rem .8rem; text-align: right }} td:first-child, th:first-ch
 def _table_row(tap: TapDrift, report: Report) -> str:
     is_outside = "" if tap.is_inside else ' class="outside"'
     int8 = "" if tap.int8_drift is None else f"{tap.int8_drift:.2e}"
-    cells = (tap.name, tap.role, f"{tap.drift:.2e}", f"{tap.bound:.2e}", int8, str(tap.rows))
+    cells = (tap.name, tap.role, _drift(tap, 2), f"{tap.bound:.2e}", int8, str(tap.rows))
     return f"<tr{is_outside}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-
-
-def drift_svg(report: Report) -> str:
-    """Drift over layers, one line per role on a logarithmic scale; dashed: the bound; red circles: outside."""
-    groups = _groups(report)
-    values = [value for tap in report.taps for value in (tap.drift, tap.bound) if math.isfinite(value)]
-    low = math.floor(math.log10(max(_SMALLEST, min(values))))
-    high = max(math.ceil(math.log10(max(values))), low + 1)
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + 60}" role="img" aria-label="drift per layer">']
-    for power in range(low, high + 1):
-        y = _y(10.0**power, low, high)
-        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d8dee4"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end" font-size="12">1e{power}</text>')
-    step = max(1, len(groups) // 12)
-    for index in range(0, len(groups), step):
-        x, y = _x(index, len(groups)), _HEIGHT + 18
-        parts.append(
-            f'<text x="{x:.1f}" y="{y}" text-anchor="middle" font-size="12">{groups[index][1][0].layer}</text>'
-        )
-    for index, role in enumerate(_roles_of(report)):
-        parts += _role_lines(groups, role, low, high)
-        x = _LEFT + 130 * index
-        parts.append(f'<text x="{x}" y="{_HEIGHT + 44}" font-size="13" fill="{_COLOURS[role]}">— {role}</text>')
-    return "".join(parts) + "</svg>"
-
-
-def _role_lines(groups: Sequence[tuple[str, list[TapDrift]]], role: str, low: int, high: int) -> list[str]:
-    found, bounds, outside = [], [], []
-    for index, (_, taps) in enumerate(groups):
-        tap = worst(tap for tap in taps if tap.role == role)
-        if tap is None:
-            continue
-        x, y = _x(index, len(groups)), _y(tap.drift, low, high)
-        found.append(f"{x:.1f},{y:.1f}")
-        bounds.append(f"{x:.1f},{_y(tap.bound, low, high):.1f}")
-        if not tap.is_inside:
-            outside.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="none" stroke="#cf222e" stroke-width="2"/>')
-    line = f'<polyline fill="none" stroke="{_COLOURS[role]}" points='
-    return [f'{line}"{" ".join(found)}"/>', f'{line}"{" ".join(bounds)}" stroke-dasharray="3 4"/>', *outside]
-
-
-def _x(index: int, count: int) -> float:
-    return _LEFT + (_WIDTH - _LEFT - 16) * (index + 0.5) / count
-
-
-def _y(value: float, low: int, high: int) -> float:
-    """Drifts that are no number lie above everything."""
-    power = math.log10(max(value, 10.0**low)) if math.isfinite(value) else high
-    return _TOP + (_HEIGHT - _TOP) * (high - power) / (high - low)

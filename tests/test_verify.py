@@ -5,6 +5,7 @@ The perturbation is noise of four times the bound relative to the tensor's own s
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import artifacts
 import numpy as np
@@ -25,10 +27,13 @@ from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ArtifactError, ConfigError
 from gemma4_export.configs.evidence import BOUND_FLOOR, ORACLE_FILE
 from gemma4_export.configs.manifest import MANIFEST_NAME, sealed
+from gemma4_export.configs.models import load_model, model_names
 from gemma4_export.configs.names import EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, expert_tensor
 from gemma4_export.configs.recipe import load_recipe, recipe_names
+from gemma4_export.configs.target import load_target
 from gemma4_export.exporter import commands as exporter_commands
 from gemma4_export.exporter import stored_weights
+from gemma4_export.exporter.build import BuildOptions, kv_layout
 from gemma4_export.exporter.checkpoint import Checkpoint
 from gemma4_export.exporter.child import verify_in_child
 from gemma4_export.exporter.oracle import record_oracle
@@ -428,7 +433,12 @@ def test_a_token_near_a_tie_is_left_out_and_counted(monkeypatch):
 
 def test_a_layer_of_which_no_token_can_be_judged_does_not_pass(monkeypatch):
     monkeypatch.setattr(verify_module, "clear_routes", lambda logits, *_: np.zeros(logits.shape[:-1], bool))
-    assert not verify(artifact("26b-a4b"), level="layers").passed
+    report = verify(artifact("26b-a4b"), level="layers")
+    assert not report.passed
+    cause = "not compared: every token, all 64, is too near a tie between two experts"
+    assert report.verdict == f"failed: layer 0, experts: layers.0.experts {cause}"
+    assert "no token / " in next(line for line in text_lines(report) if line.startswith("layer 0"))
+    assert "<td>no token</td>" in html_page(report)
 
 
 def test_kl_divergence_of_known_distributions():
@@ -466,9 +476,61 @@ def test_a_page_needs_nothing_from_elsewhere_and_marks_what_is_outside(copy):
         assert all(len(line.split()) == 9 for line in points)
         assert page.count("<tr>") + page.count('<tr class="outside">') == len(report.taps) + 1
         assert all(tap.name in page for tap in report.taps)
-    assert "<circle" not in html_page(good)
-    assert html_page(bad).count("<circle") >= 1
+    assert html_page(good).count("<circle") == 1  # the legend's
+    assert html_page(bad).count("<circle") >= 2
     assert "layer 1, mlp" in html_page(bad)
+
+
+def test_the_picture_names_its_axes_and_every_line(copy):
+    picture = re.search(r"<svg.*</svg>", html_page(outside("e2b", copy("e2b"))), re.DOTALL)
+    drawn = ElementTree.fromstring(picture.group())
+    words = ["".join(text.itertext()) for text in drawn.iter("text")]
+    roles = ["attention", "mlp", "ple", "output"]
+    assert words[:6] == [*roles, "its bound", "outside"]
+    assert {"layer", "drift: largest error / rms of its row", *map(str, range(9))} <= set(words)
+    # the line beside each role in the legend has the colour of that role's two lines below
+    named = [line.get("stroke") for line in drawn.iter("line")][:4]
+    assert [line.get("stroke") for line in drawn.iter("polyline")] == [colour for colour in named for _ in range(2)]
+    assert len(set(named)) == 4
+    width = float(drawn.get("viewBox").split()[2])
+    assert all(0 <= float(text.get("x")) <= width for text in drawn.iter("text"))
+
+
+@pytest.mark.parametrize(
+    ("window", "said"),
+    [
+        (4, "2 prompts of 32 tokens, longer than the sliding window of 4"),
+        (32, "2 prompts of 32 tokens, within the sliding window of 32"),
+        (None, "2 prompts of 32 tokens; no layer slides"),
+    ],
+)
+def test_the_lengths_that_were_verified_are_said(window, said):
+    report = verify(artifact("12b"), level="layers")
+    assert report.sliding_window == 4
+    told = dataclasses.replace(report, sliding_window=window)
+    assert said in text_lines(told)
+    assert said in html_page(told)
+    assert json.loads(told.to_json())["sliding_window"] == window
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_the_cache_that_a_layer_reads_is_its_kv_source(name):
+    config = load_model(name).config
+    options = BuildOptions(
+        model_name=name,
+        target=load_target("cpu"),
+        recipe=load_recipe("int4"),
+        activations="int8",
+        has_dummy_weights=True,
+        context=128,
+        chunk=8,
+        float_type="float32",
+        experts="plugin",
+    )
+    layout = kv_layout(config, options)
+    for layer in config.layers:
+        kind = "sliding" if layer.is_sliding else "global"
+        assert layout.cache_read_by(layer.index, kind).layer == layer.kv_source
 
 
 def test_text_of_a_model_name_cannot_become_markup(copy):
