@@ -5,22 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
-import click
 import pytest
-import typer
 import yaml
 from conftest import REPOSITORY
+from doc_pages import blocks, check_line
 
 from gemma4_export.configs.matrix import load_matrix
-from gemma4_export.exporter import commands as exporter_commands
-from gemma4_export.runtime import commands as runtime_commands
 
 WORKFLOW = REPOSITORY / "docs" / "examples" / "engines.yml"
 PAGE = REPOSITORY / "docs" / "ci.md"
-APPS = {"gemma4-export": exporter_commands.app, "gemma4-run": runtime_commands.app}
 
 
 def workflow() -> dict[str, Any]:
@@ -31,73 +26,15 @@ def steps() -> list[dict[str, Any]]:
     return [step for job in workflow()["jobs"].values() for step in job["steps"]]
 
 
-def lines_of_page() -> Iterator[str]:
-    for block in re.findall(r"```\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL):
-        yield from (line.partition("#")[0] for line in block.splitlines())
-
-
 def command_lines() -> list[list[str]]:
     lines = [line for step in steps() for line in step.get("run", "").splitlines()]
-    return [words for line in [*lines, *lines_of_page()] if (words := shlex.split(line))]
-
-
-def makefile() -> tuple[set[str], set[str]]:
-    """Its targets and the variables that it reads."""
-    text = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    return set(re.findall(r"^([\w-]+):(?!=)", text, flags=re.M)), set(re.findall(r"\$\((\w+)\)", text))
-
-
-def options_of(app: typer.Typer, command: str) -> set[str]:
-    group = typer.main.get_command(app)
-    context = click.Context(group)
-    found = group.get_command(context, command)
-    assert found is not None, command
-    return {option for parameter in found.params for option in parameter.opts}
-
-
-def check_make(words: list[str]) -> None:
-    targets, variables = makefile()
-    for word in words:
-        name, is_variable, value = word.partition("=")
-        if is_variable:
-            assert name in variables, word
-        else:
-            assert word in targets or re.fullmatch(r"-j\d*", word), word
-        if name == "FLAGS":
-            check_options(exporter_commands.app, "matrix", shlex.split(value))
-
-
-def check_options(app: typer.Typer, command: str, words: list[str]) -> None:
-    used = {word.partition("=")[0] for word in words if word.startswith("-")}
-    assert used <= options_of(app, command)
-
-
-def check(words: list[str]) -> None:
-    program = words[0].rpartition("/")[2]
-    if program == "make":
-        check_make(words[1:])
-    else:
-        check_options(APPS[program], words[1], words[2:])
+    lines += [line for block in blocks("docs/ci.md") if block.language == "sh" for line in block.lines]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
 def test_every_target_variable_and_option_exists(words):
-    check(words)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "make matrx",
-        "make matrix OUTT=x",
-        "make matrix FLAGS=--dry",
-        "gemma4-run verify x --levels full",
-        "gemma4-export matrxi",
-    ],
-)
-def test_what_does_not_exist_would_be_noticed(line):
-    with pytest.raises(AssertionError):
-        check(shlex.split(line))
+    check_line(shlex.join(words))
 
 
 def test_the_workflow_builds_what_its_other_steps_take():

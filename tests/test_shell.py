@@ -18,7 +18,6 @@ import artifacts
 import pytest
 import tiny
 import typer
-from conftest import REPOSITORY
 
 from gemma4_export import __version__
 from gemma4_export.configs import command_line
@@ -305,13 +304,6 @@ def test_help_lists_every_exit_code(
     code, out, _ = run(monkeypatch, capsys, name, "--help")
     assert code == 0
     assert "Exit codes: " + "; ".join(f"{number} {meaning}" for number, meaning in EXIT_CODES.items()) in out
-
-
-def test_the_page_about_shells_lists_the_same_exit_codes() -> None:
-    page = (REPOSITORY / "docs/shell.md").read_text(encoding="utf-8")
-    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["exit code", "meaning"]
-    assert {int(code): meaning for code, meaning in rows[1:]} == EXIT_CODES
 
 
 def test_exit_codes_are_what_the_help_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
