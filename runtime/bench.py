@@ -33,7 +33,7 @@ class BenchResult:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     overhead_ms_per_token: float
-    """Decode time outside the graph: tables, RoPE, sampling with the checkpoint's options, taking the reply apart."""
+    """Decode time outside the backend's run: tables, RoPE, binding, sampling with the checkpoint's options, the reply."""
     gb_per_token: float
     """Weights and KV that one decode step reads (1e9 bytes)."""
     decode_gb_per_s: float
@@ -62,7 +62,7 @@ def bench(
     for _ in range(repeats):
         cache = model.new_cache()
         started = time.perf_counter()
-        logits = model.forward(ids, rows=[prompt_tokens - 1], cache=cache)
+        logits = model.decoder.forward(ids, cache, rows=[prompt_tokens - 1])
         prefills.append(prompt_tokens / (time.perf_counter() - started))
         sampler = Sampler(model.sampling.replace(seed=0), prompt_ids=ids, vocab_size=logits.shape[1])
         parser = ReplyParser(ids, model.tokenizer)
@@ -71,7 +71,7 @@ def bench(
             token = sampler.pick(logits[0])
             # Random weights of a released size come with a small tokenizer; the work of a token is the same.
             parser.push(token % model.tokenizer.vocab_size)
-            logits = model.forward([token], rows=[0], cache=cache)
+            model.decoder.forward([token], cache, rows=[0], out=logits)
         seconds = time.perf_counter() - started
         decodes.append(new_tokens / seconds)
         overheads.append((seconds - (model.decoder.seconds_in_graph - inside)) / new_tokens * 1e3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 Int64 = np.ndarray[Any, np.dtype[np.int64]]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_SLOTS = ("sliding_write_index", "sliding_start", "sliding_end", "global_write_index", "global_end")
 
 
 class Decoder:
@@ -31,21 +34,37 @@ class Decoder:
     ) -> None:
         manifest = self.manifest = artifact.manifest
         self._session = open_session(artifact, num_threads=num_threads, activations=activations)
-        self.seconds_in_graph = 0.0
-        """Time spent in the backend so far; the rest of a call is ours."""
         self._tokens = EmbeddingTable(artifact, manifest.embed_tokens)
         per_layer = manifest.embed_tokens_per_layer
         self._per_layer = None if per_layer is None else EmbeddingTable(artifact, per_layer)
+        self._slot_names = [name for name in _SLOTS if name in manifest.graphs["decoder"].inputs]
         self._rope = {"rope_global": RopeTable(manifest.rope_global)}
         if manifest.rope_sliding is not None:
             self._rope["rope_sliding"] = RopeTable(manifest.rope_sliding)
-        self._input_names = [name for name in manifest.graphs["decoder"].inputs if not name.startswith("past_")]
+        # One call's buffers serve all; threads with caches of their own take turns.
+        self._lock = threading.Lock()
+        self._one_token = self._new_feeds(1, 1)
+
+    @property
+    def seconds_in_graph(self) -> float:
+        """Time spent in the backend's run so far; the rest of a call is ours."""
+        return self._session.seconds_in_graph
 
     def new_cache(self) -> KVCache:
         return KVCache(self.manifest.kv, self.manifest.context)
 
+    def new_logits(self, num_rows: int = 1) -> Float32:
+        """[R, V] for ``forward`` to write to."""
+        return np.empty((num_rows, self.manifest.model.vocab_size), np.float32)
+
     def forward(
-        self, ids: Sequence[int], cache: KVCache, *, chunk: int | None = None, rows: Sequence[int] | None = None
+        self,
+        ids: Sequence[int],
+        cache: KVCache,
+        *,
+        chunk: int | None = None,
+        rows: Sequence[int] | None = None,
+        out: Float32 | None = None,
     ) -> Float32:
         """Append ``ids`` to the sequence in ``cache`` and compute logits.
 
@@ -54,6 +73,8 @@ class Decoder:
             cache: the sequence so far; grows by T tokens.
             chunk: tokens per call of the graph, at most the artifact's ``chunk`` (the default).
             rows: indices into ``ids`` whose logits are wanted, any order, repeats allowed; None: all of them.
+            out: ``new_logits(R)``, whose values go and which is returned; None: a new array. The same one for every
+                token saves 0.1 ms of each.
         Returns:
             logits [R, V] float32, in the order of ``rows``.
         Raises:
@@ -61,7 +82,9 @@ class Decoder:
         """
         tokens = self._check_ids(ids)
         chunk = self._check_chunk(chunk)
-        if cache.layout != self.manifest.kv or cache.context != self.manifest.context:
+        if (
+            cache.layout is not self.manifest.kv and cache.layout != self.manifest.kv
+        ) or cache.context != self.manifest.context:
             raise ContractError("cache: made by another artifact", hint="model.new_cache() makes one that fits")
         wanted = np.arange(len(tokens)) if rows is None else self._check_rows(rows, len(tokens))
         if cache.length + len(tokens) > cache.context:
@@ -70,8 +93,9 @@ class Decoder:
                 hint="shorten the prompt, or build with a larger --context",
             )
         if len(tokens) <= chunk and len(wanted):
-            return self._call(tokens, cache, wanted)
-        logits = np.empty((len(wanted), self.manifest.model.vocab_size), np.float32)
+            return self._call(tokens, cache, wanted, out)
+        wanted = np.asarray(wanted)
+        logits = self.new_logits(len(wanted)) if out is None else out
         for start, part in self._chunks(tokens, chunk):
             here = np.flatnonzero((wanted >= start) & (wanted < start + len(part)))
             # The graph needs one row at least; one is cheap where KV-shared layers run for the wanted rows only.
@@ -80,37 +104,54 @@ class Decoder:
             logits[here] = result[: len(here)]
         return logits
 
-    def _call(self, tokens: Int64, cache: KVCache, rows: Int64) -> Float32:
+    def _call(
+        self,
+        tokens: Sequence[int] | Int64,
+        cache: KVCache,
+        rows: Sequence[int] | Int64,
+        out: Float32 | None = None,
+    ) -> Float32:
         position, count = cache.length, len(tokens)
-        slots = cache.reserve(count)
-        feeds: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
-            "inputs_embeds": self._tokens.gather(tokens)[None],
-            "sliding_write_index": np.array([slots.sliding_write_index], np.int64),
-            "global_write_index": np.array([slots.global_write_index], np.int64),
-            "sliding_start": slots.sliding_start,
-            "sliding_end": slots.sliding_end,
-            "global_end": slots.global_end,
-            "output_rows": rows.astype(np.int64),
-        }
-        for name, table in self._rope.items():
-            feeds[name] = table.cos_sin(position, count)
-        if self._per_layer is not None:
-            model = self.manifest.model
-            shape = (1, count, model.num_layers, model.hidden_size_per_layer_input)
-            feeds["per_layer_inputs"] = self._per_layer.gather(tokens).reshape(shape)
-        started = time.perf_counter()
-        logits = self._session.run({name: feeds[name] for name in self._input_names}, cache)
-        self.seconds_in_graph += time.perf_counter() - started
-        cache.advance(count)
+        with self._lock:
+            slots = cache.reserve(count)
+            # The same arrays at every decode step: a session binds an array once.
+            feeds = self._one_token if count == len(rows) == 1 else self._new_feeds(count, len(rows))
+            self._tokens.gather(tokens, feeds["inputs_embeds"][0])
+            if self._per_layer is not None:
+                self._per_layer.gather(tokens, feeds["per_layer_inputs"].reshape(count, -1))
+            for name, table in self._rope.items():
+                feeds[name][...] = table.cos_sin(position, count)
+            feeds["output_rows"][...] = rows
+            for name in self._slot_names:
+                feeds[name][...] = getattr(slots, name)
+            logits = self._session.run(feeds, cache, out)
+            cache.advance(count)
         return logits
 
-    def _chunks(self, tokens: Int64, chunk: int) -> Iterator[tuple[int, Int64]]:
+    def _new_feeds(self, count: int, num_rows: int) -> dict[str, Array]:
+        """The graph's inputs beside the caches, for ``count`` tokens and ``num_rows`` rows of logits."""
+        model = self.manifest.model
+        feeds: dict[str, Array] = {
+            "inputs_embeds": np.empty((1, count, model.hidden_size), np.float32),
+            "output_rows": np.empty(num_rows, np.int64),
+        }
+        for name, table in self._rope.items():
+            feeds[name] = np.empty((1, count, 2, len(table.inv_freq)), np.float32)
+        if self._per_layer is not None:
+            shape = (1, count, model.num_layers, model.hidden_size_per_layer_input)
+            feeds["per_layer_inputs"] = np.empty(shape, np.float32)
+        for name in self._slot_names:
+            is_index = name.endswith("_write_index")
+            feeds[name] = np.empty(1, np.int64) if is_index else np.empty((1, count), np.int32)
+        return feeds
+
+    def _chunks(self, tokens: Sequence[int] | Int64, chunk: int) -> Iterator[tuple[int, Sequence[int] | Int64]]:
         for start in range(0, len(tokens), chunk):
             yield start, tokens[start : start + chunk]
 
-    def _check_ids(self, ids: Sequence[int]) -> Int64:
+    def _check_ids(self, ids: Sequence[int]) -> Sequence[int] | Int64:
         if _is_one_below(ids, self.manifest.model.vocab_size):
-            return np.array(ids, np.int64)
+            return ids
         tokens = checks.token_ids(ids, self.manifest.model.vocab_size)
         if not len(tokens):
             raise ContractError(
@@ -126,9 +167,9 @@ class Decoder:
         hint = "build with a larger --chunk for longer ones"
         return checks.integer("chunk", chunk, 1, longest, hint, kind=ContractError)
 
-    def _check_rows(self, rows: Sequence[int], count: int) -> Int64:
+    def _check_rows(self, rows: Sequence[int], count: int) -> Sequence[int] | Int64:
         if _is_one_below(rows, count):
-            return np.array(rows, np.int64)
+            return rows
         wanted = checks.integers("rows", rows, "rows=[len(ids) - 1] is the last")
         if wanted.size and (wanted.min() < 0 or wanted.max() >= count):
             worst = int(wanted.min()) if wanted.min() < 0 else int(wanted.max())

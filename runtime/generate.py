@@ -32,11 +32,11 @@ def generate_ids(
             return
         decoder.forward(ids[cache.length : cache.length + chunk], cache, rows=[])
     rest = ids[cache.length :]
-    rows = [len(rest) - 1]
+    rows, logits = [len(rest) - 1], decoder.new_logits()
     for _ in range(max_new_tokens):
         if is_cancelled():
             return
-        token = pick(decoder.forward(rest, cache, rows=rows)[0])
+        token = pick(decoder.forward(rest, cache, rows=rows, out=logits)[0])
         yield token
         if token in stop_ids or cache.length >= cache.context:
             return

@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 import math
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 
 from gemma4_export.configs.errors import ConfigError, ContractError, nearest
 from gemma4_export.runtime import checks
+from gemma4_export.runtime.largest import largest, likely, most_likely
 from gemma4_export.runtime.reply import TokenLogprob
 from gemma4_export.runtime.tokenizer import load_suppressed_ids
 
@@ -31,8 +34,10 @@ Float64 = np.ndarray[Any, np.dtype[np.float64]]
 Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
 MAX_LOGPROBS = 64
-_COLUMNS = 4096
-_GROUPS = 256
+_FEW = 64
+"""Tokens that are quicker to draw from one by one than in arrays: the released checkpoints' top-k."""
+_DRAWS = 64
+"""Random numbers made at once, which are the same ones."""
 _FIRST_GUESS = 256
 """Tokens that nearly always hold what top-p or min-p keep."""
 _MAX_SEED = 2**64 - 1
@@ -154,6 +159,7 @@ class Sampler:
         if sampling.temperature > 0:
             self.seed = int.from_bytes(os.urandom(8)) if sampling.seed is None else int(sampling.seed)
             self._random = np.random.Generator(np.random.Philox(key=self.seed))
+            self._draws: list[float] = []
         self._suppressed = np.asarray(sampling.suppressed_ids, np.int64)
         self._bias_ids = np.asarray(list(sampling.logit_bias), np.int64)
         self._bias = np.asarray(list(sampling.logit_bias.values()), np.float32)
@@ -165,6 +171,7 @@ class Sampler:
         self._logprobs: list[TokenLogprob] = []
         # Kept: the system hands out and clears a fresh megabyte page by page.
         self._scores = np.empty(vocab_size if self._changes else 0, np.float32)
+        self._mask = np.empty(vocab_size, np.bool_)
 
     def pick(self, logits: Float32) -> int:
         """The next token for the model's ``logits`` [V], which stay as they are.
@@ -173,7 +180,7 @@ class Sampler:
             ContractError: no logit is a number above -inf.
         """
         scores = self._changed(logits) if self._changes else logits
-        return self.record(logits, self._draw(scores) if self.seed is not None else _most_likely(scores))
+        return self.record(logits, self._draw(scores) if self.seed is not None else most_likely(scores))
 
     def record(self, logits: Float32, token: int) -> int:
         """Count ``token`` as picked from ``logits``, however it was found, and return it."""
@@ -201,11 +208,52 @@ class Sampler:
         return scores
 
     def _draw(self, scores: Float32) -> int:
-        ids, probabilities = candidates(scores, self._sampling)
+        sampling, chance = self._sampling, self._chance()
+        if 0 < sampling.top_k <= min(_FEW, len(scores) - 1):
+            token = self._draw_of_few(scores, chance)
+            if token is not None:
+                return token
+        ids, probabilities = candidates(scores, sampling)
         cumulative = probabilities.cumsum()
         # below 1 as drawn; the product may round up to the sum
-        at = int(cumulative.searchsorted(self._random.random() * cumulative[-1], side="right"))
+        at = int(cumulative.searchsorted(chance * cumulative[-1], side="right"))
         return int(ids[min(at, len(ids) - 1)])
+
+    def _draw_of_few(self, scores: Float32, chance: float) -> int | None:
+        """What a search in ``candidates``' running sum finds, in plain floats: of 64 quicker than NumPy's calls.
+
+        None: more than top-k are to be taken, because some equal the last, or there is nothing to draw from.
+        """
+        count = self._sampling.top_k
+        ids, found = likely(scores, count + 1, self._mask)
+        top: list[float] = np.partition(found, len(found) - count - 1)[len(found) - count - 1 :].tolist()
+        if not sum(top) < math.inf:  # a NaN is in every sum
+            return None
+        top.sort(reverse=True)
+        if top[count] == top[count - 1]:
+            return None
+        at = place_of(chance, top[:count], self._sampling)
+        (equals,) = (found == top[at]).nonzero()
+        return int(ids[equals[at - top.index(top[at])]])
+
+    def _chance(self) -> float:
+        """The next number of this seed's, in [0, 1)."""
+        if not self._draws:
+            self._draws = self._random.random(_DRAWS).tolist()[::-1]
+        return self._draws.pop()
+
+
+def place_of(chance: float, top: list[float], sampling: Sampling) -> int:
+    """Index into ``top``, the scores that top-k took, best first, of the one that ``chance`` in [0, 1) picks."""
+    best, temperature = top[0], sampling.temperature
+    weights = [math.exp((score - best) / temperature) for score in top]
+    reached = list(accumulate(weights))
+    kept = len(reached)
+    if sampling.top_p < 1:
+        kept = min(kept, bisect_left(reached, sampling.top_p * reached[-1]) + 1)
+    if sampling.min_p > 0:
+        kept = min(kept, sum(weight >= sampling.min_p for weight in weights))
+    return min(bisect_right(reached, chance * reached[kept - 1], 0, kept), kept - 1)
 
 
 def candidates(scores: Float32, sampling: Sampling) -> tuple[Int64, Float64]:
@@ -219,18 +267,17 @@ def candidates(scores: Float32, sampling: Sampling) -> tuple[Int64, Float64]:
         ContractError: no score is a number above -inf.
     """
     if not sampling.top_k and sampling.top_p == 1 and sampling.min_p == 0:
-        best = scores[_most_likely(scores)]
+        best = scores[most_likely(scores)]
         ids = np.flatnonzero(scores > -np.inf)
         found = _weights(scores[ids], best, sampling.temperature)
         return ids, found / found.sum()
     total = math.inf
     if not sampling.top_k and sampling.top_p < 1:
-        total = _sum_of_all(scores, float(scores[_most_likely(scores)]), sampling.temperature)
+        total = _sum_of_all(scores, float(scores[most_likely(scores)]), sampling.temperature)
     # Without top-k, as many as the other two can need, found by taking more until it is enough.
     count = sampling.top_k or _FIRST_GUESS
     while True:
-        ids = largest(scores, min(count, len(scores)))
-        values = scores[ids]
+        ids, values = largest(scores, min(count, len(scores)))
         order = np.lexsort((ids, -values))
         ids, values = ids[order], values[order]
         found = _weights(values, values[0], sampling.temperature)
@@ -255,66 +302,19 @@ def _weights(values: Float32, best: np.float32, temperature: float) -> Float64:
     return np.exp((values.astype(np.float64) - np.float64(best)) / temperature)
 
 
-def largest(scores: Float32, count: int) -> Int64:
-    """Ids of the ``count`` largest scores above -inf, in no order, and of all that equal the smallest of them.
-
-    Token i lies in column i mod 4096; the columns' maxima are one pass of vector maxima over memory. The count-th
-    largest maximum of disjoint parts is no more than the count-th largest score, so columns whose maximum is below it
-    are left out, and so is whatever is below it in the others.
-
-    Raises:
-        ContractError: no score is a number above -inf.
-    """
-    rows = len(scores) // _COLUMNS
-    if rows < 2 or count > _COLUMNS // 2:
-        _most_likely(scores)
-        ids = np.arange(len(scores))
-    else:
-        ids = _at_least_as_large(scores, rows, count)
-    found = scores[ids]
-    if len(ids) > count:
-        is_taken = found >= np.partition(found, len(ids) - count)[len(ids) - count]
-        ids, found = ids[is_taken], found[is_taken]
-    return ids[found > -np.inf]
-
-
-def _at_least_as_large(scores: Float32, rows: int, count: int) -> Int64:
-    """Ids of ``count`` scores or more, with all that equal the smallest of them and hardly any others."""
-    columns, rest = scores[: rows * _COLUMNS].reshape(rows, _COLUMNS), scores[rows * _COLUMNS :]
-    maxima = columns.max(axis=0)
-    np.maximum(maxima[: len(rest)], rest, out=maxima[: len(rest)])
-    # Fewer parts are quicker to select from, and enough: the 64th of 256 maxima leaves some 75 scores.
-    parts = maxima if count > _GROUPS // 2 else maxima.reshape(-1, _GROUPS).max(axis=0)
-    if not -np.inf < parts.max() < np.inf:  # a NaN is every maximum above it
-        _most_likely(scores)
-    least = np.partition(parts, len(parts) - count)[len(parts) - count]
-    (at,) = (maxima >= least).nonzero()
-    row, place = (columns.take(at, axis=1) >= least).nonzero()
-    ids = row * _COLUMNS + at[place]
-    return np.concatenate([ids, np.flatnonzero(rest >= least) + rows * _COLUMNS]) if len(rest) else ids
-
-
 def token_logprob(logits: Float32, token: int, count: int) -> TokenLogprob:
     """log softmax of ``logits`` at ``token`` and at the ``count`` likeliest."""
     best = float(logits.max())
     log_sum = best + math.log(_sum_of_all(logits, best, 1.0))
-    top = largest(logits, count) if count else np.zeros(0, np.int64)
-    top = top[np.lexsort((top, -logits[top]))][:count]
+    top = np.zeros(0, np.int64)
+    if count:
+        top, values = largest(logits, count)
+        top = top[np.lexsort((top, -values))][:count]
     return TokenLogprob(
         id=token,
         logprob=float(logits[token]) - log_sum,
         top=tuple((int(index), float(logits[index]) - log_sum) for index in top),
     )
-
-
-def _most_likely(scores: Float32) -> int:
-    at = int(scores.argmax())  # the first NaN, if there is one
-    if not scores[at] > -np.inf or scores[at] == np.inf:
-        raise ContractError(
-            f"logits: the largest of {len(scores)} is {scores[at]}, so there is no next token",
-            hint="gemma4-export inspect ARTIFACT --check finds damaged weights",
-        )
-    return at
 
 
 def _sum_of_all(scores: Float32, best: float, temperature: float) -> float:

@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from gemma4_export.runtime.session_ort import Activations
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Session(Protocol):
     """A loaded decoder."""
 
-    def run(self, feeds: Mapping[str, Array], cache: KVCache) -> Array:
-        """Run one call; ``cache``'s buffers are read and written in place. Returns logits [R, V] float32."""
+    @property
+    def seconds_in_graph(self) -> float:
+        """Time spent in the backend's run so far."""
+        ...
+
+    def run(self, feeds: Mapping[str, Array], cache: KVCache, out: Float32 | None = None) -> Float32:
+        """Run one call; ``cache``'s buffers are read and written in place. Returns logits [R, V], ``out`` if given."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +15,7 @@ from gemma4_export.configs.evidence import GRAPHS_FOLDER
 from gemma4_export.runtime.kv_cache import KVCache
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
 _ERRORS_ONLY = 3
 
@@ -87,33 +88,47 @@ class OrtSession:
         self._session = open_graph(path, num_threads=num_threads, activations=activations, log_severity=log_severity)
         self.input_shapes: dict[str, list[int | str]] = {node.name: node.shape for node in self._session.get_inputs()}
         """As the graph declares them; a size that changes from call to call is a name."""
-        # One binding serves one call at a time; threads with caches of their own take turns.
-        self._lock = threading.Lock()
+        (shape,) = (node.shape for node in self._session.get_outputs() if node.name == "logits")
+        self.vocab_size: int = shape[-1]
+        """V, as the graph declares it."""
+        self.seconds_in_graph = 0.0
+        """Time spent in onnxruntime's run so far; the rest of a call is ours."""
         self._binding: Any = None
+        self._bound: dict[str, Array] = {}
         # Weak: a finished sequence must not keep its cache until the next one begins.
         self._cache: weakref.ref[KVCache] | None = None
         self._bound_reallocations = -1
 
-    def run(self, feeds: Mapping[str, Array], cache: KVCache) -> Array:
-        """Run one call. Returns logits [R, V] float32; ``cache`` holds this call's keys and values afterwards."""
-        with self._lock:
-            return self._run(feeds, cache)
+    def run(self, feeds: Mapping[str, Array], cache: KVCache, out: Float32 | None = None) -> Float32:
+        """Run one call. Returns logits [R, V] float32; ``cache`` holds this call's keys and values afterwards.
 
-    def _run(self, feeds: Mapping[str, Array], cache: KVCache) -> Array:
+        Binding takes longer than any other part of a call: an array that the call before had as well, with other
+        values, stays bound.
+
+        Args:
+            feeds: the inputs beside the caches.
+            cache: its buffers are read and written in place.
+            out: [R, V] where the logits go; None: a new array.
+        """
+        logits: Float32 = np.empty((len(feeds["output_rows"]), self.vocab_size), np.float32) if out is None else out
         is_bound = self._cache is not None and self._cache() is cache
         if not is_bound or self._bound_reallocations != cache.num_reallocations:
             self._bind_cache(cache)
         for name, array in feeds.items():
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        self._binding.bind_output("logits", "cpu")
+            if self._bound.get(name) is not array:
+                self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
+                self._bound[name] = array
+        if self._bound.get("logits") is not logits:
+            self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+            self._bound["logits"] = logits
+        started = time.perf_counter()
         self._session.run_with_iobinding(self._binding)
-        logits: Array = self._binding.get_outputs()[0].numpy()
+        self.seconds_in_graph += time.perf_counter() - started
         return logits
 
     def _bind_cache(self, cache: KVCache) -> None:
         """Bind each buffer as input and output at once: TensorScatter then writes in place."""
-        self._binding = self._session.io_binding()
-        self._binding.bind_output("logits", "cpu")
+        self._binding, self._bound = self._session.io_binding(), {}
         for layer, buffers in cache.buffers.items():
             for part, buffer in zip(("key", "value"), buffers, strict=True):
                 at = ("cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)

@@ -48,6 +48,8 @@ class Tokenizer:
             )
         self.bos_id: int = self.control[bos_token]
         self._control_ids = frozenset(self.control.values())
+        self.known_texts: dict[int, str] = {}
+        """Of the tokens streamed so far, byte tokens left out."""
         _check_decoder(backend)
 
     @classmethod
@@ -155,6 +157,8 @@ class Tokenizer:
         Raises:
             ConfigError: no integer, or outside the vocabulary.
         """
+        if type(index) is int and 0 <= index < self.vocab_size:
+            return index
         if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < self.vocab_size:
             raise ConfigError(
                 f"token id {index}: outside the tokenizer's vocabulary of {self.vocab_size}",
@@ -166,8 +170,8 @@ class Tokenizer:
 class TextStream:
     """Token ids in, text out as soon as it is certain; all of it together equals ``Tokenizer.decode`` of all ids.
 
-    A run of byte tokens waits for its end, because its last byte decides whether all of it is UTF-8. Each token is
-    decoded once.
+    A run of byte tokens waits for its end, because its last byte decides whether all of it is UTF-8. Any other token
+    stands for itself, so its text is worked out once and kept.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, keep_control: bool = False) -> None:
@@ -178,22 +182,24 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """The text that became certain with this token, often "" and never part of a character."""
         index = self._tokenizer.check_id(token_id)
-        token = self._tokenizer._backend.id_to_token(index)
         # a skipped token does not end a run of bytes: decode, too, drops it first (None: a gap in the vocabulary)
-        if token is None or index in self._skipped:
+        if index in self._skipped:
             return ""
-        if _BYTE_TOKEN.fullmatch(token):
-            self._bytes.append(token)
-            return ""
-        return self._decode([*self._take(), token])
+        text = self._tokenizer.known_texts.get(index)
+        if text is None:
+            token = self._tokenizer._backend.id_to_token(index)
+            if token is None:
+                return ""
+            if _BYTE_TOKEN.fullmatch(token):
+                self._bytes.append(token)
+                return ""
+            text = self._tokenizer.known_texts[index] = self._decode([token])
+        return self.flush() + text if self._bytes else text
 
     def flush(self) -> str:
         """What is still waiting; the stream can be used again afterwards."""
-        return self._decode(self._take())
-
-    def _take(self) -> list[str]:
         taken, self._bytes = self._bytes, []
-        return taken
+        return self._decode(taken)
 
     def _decode(self, tokens: list[str]) -> str:
         return str(self._tokenizer._backend.decoder.decode(tokens)) if tokens else ""

@@ -236,7 +236,7 @@ class Unbound:
         options.log_severity_level = 2
         self.session = onnxruntime.InferenceSession(path, options)
 
-    def run(self, feeds, cache):
+    def run(self, feeds, cache, out=None):
         pairs = {f"past_key_values.{layer}": pair for layer, pair in cache.buffers.items()}
         past = {f"{name}.{part}": pair[i] for name, pair in pairs.items() for i, part in enumerate(("key", "value"))}
         return self.session.run(["logits"], dict(feeds) | past)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 
 from gemma4_export.configs.errors import ConfigError, ContractError
 from gemma4_export.runtime import Sampling, sampling
-from gemma4_export.runtime.sampling import Sampler, candidates, largest, token_logprob
+from gemma4_export.runtime import largest as largest_module
+from gemma4_export.runtime.largest import largest
+from gemma4_export.runtime.sampling import Sampler, candidates, token_logprob
 
 VOCAB_SIZE = 1500  # above the block size, so that the selection by blocks is on the way
 OFF = Sampling(top_k=0, top_p=1.0, min_p=0.0)
@@ -169,7 +172,7 @@ def warmer(scores: Any, options: Sampling) -> Any:
 def test_the_statistic_kills_mutants(mutant: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "candidates", mutant)
     with pytest.raises(AssertionError):
-        test_draws_follow_the_distribution(OFF.replace(top_p=0.8, top_k=20))
+        test_draws_follow_the_distribution(OFF.replace(top_p=0.5))
 
 
 def test_a_seed_gives_the_same_tokens_in_another_process() -> None:
@@ -220,20 +223,24 @@ def test_the_largest_are_found_whatever_the_size(size: int) -> None:
     scores = logits(9, size)
     for count in {1, min(5, size), min(64, size), size}:
         expected = np.flatnonzero(scores >= np.sort(scores)[size - count])
-        assert np.array_equal(np.sort(largest(scores, count)), expected)
+        ids, found = largest(scores, count)
+    assert np.array_equal(ids, expected)
+    assert np.array_equal(found, scores[expected])
 
 
 def check_against_a_sort(scores: np.ndarray[Any, np.dtype[np.float32]], count: int) -> None:
     least = np.sort(scores)[len(scores) - count]
     expected = np.flatnonzero((scores >= least) & (scores > -np.inf))
-    assert np.array_equal(np.sort(largest(scores, count)), expected)
+    ids, found = largest(scores, count)
+    assert np.array_equal(ids, expected)
+    assert np.array_equal(found, scores[expected])
 
 
-ODD_SIZES = [8191, 8192, 8193, 12_287, 40_001, 262_144]
+ODD_SIZES = [65_535, 65_536, 70_001, 262_144]
 
 
 @pytest.mark.parametrize("size", ODD_SIZES)
-@pytest.mark.parametrize("count", [1, 64, 128, 129, 2048, 2049])
+@pytest.mark.parametrize("count", [1, 64, 129, 2049])
 def test_the_largest_equal_a_plain_sort_with_ties_and_nothing(size: int, count: int) -> None:
     scores = logits(size + count, size)
     check_against_a_sort(scores, count)
@@ -244,38 +251,128 @@ def test_the_largest_equal_a_plain_sort_with_ties_and_nothing(size: int, count: 
     check_against_a_sort(scores, count)
 
 
-def without_the_tail(scores: Any, rows: int, count: int) -> Any:
-    """A mutant: what lies beyond the last whole row is not looked at."""
-    return sampling_at_least(scores[: rows * 4096], rows, count)
+@pytest.mark.parametrize("count", [1, 65, 300])
+def test_a_sample_that_misleads_costs_time_only(count: int) -> None:
+    scores = logits(11, 262_144)
+    is_sampled = np.arange(len(scores)) % 4096 < 64
+    for change in (25.0, -25.0):
+        misleading = scores + np.float32(change) * is_sampled
+        check_against_a_sort(misleading, count)
+        ids, found = sampling.likely(misleading, count)
+        assert len(ids) >= count
+        assert found.min() > misleading[np.setdiff1d(np.arange(len(scores)), ids)].max(initial=-np.inf)
+    # and one that does not leaves few
+    assert count <= len(sampling.likely(scores, count)[0]) < 4 * count + 1500
 
 
-def one_part_too_few(scores: Any, rows: int, count: int) -> Any:
-    """A mutant: the bound is the maximum before the count-th."""
-    return sampling_at_least(scores, rows, max(1, count - 30))
+def first_bound_only(scores: Any, count: int) -> Any:
+    """A mutant: the first bound is taken for good."""
+    yield next(bounds(scores, count))
 
 
-sampling_at_least = sampling._at_least_as_large
+def too_few(scores: Any, count: int, mask: Any = None) -> Any:
+    """A mutant: a score too few."""
+    ids, found = likely(scores, count, mask)
+    is_kept = found > np.sort(found)[-count]
+    return ids[is_kept], found[is_kept]
 
 
-@pytest.mark.parametrize("mutant", [without_the_tail, one_part_too_few])
-def test_the_sort_kills_mutants(mutant: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_at_least_as_large", mutant)
+bounds, likely = largest_module._bounds, largest_module.likely
+
+
+def test_the_sort_kills_mutants(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(largest_module, "_bounds", first_bound_only)
+        with pytest.raises(AssertionError):
+            test_a_sample_that_misleads_costs_time_only(65)
+    monkeypatch.setattr(largest_module, "likely", too_few)
+    with pytest.raises((AssertionError, ValueError)):
+        test_the_largest_equal_a_plain_sort_with_ties_and_nothing(70_001, 64)
+
+
+# The short way of the default options, beside ``candidates``
+
+FEW = [
+    Sampling(),
+    OFF.replace(top_k=64),
+    OFF.replace(top_k=1),
+    OFF.replace(temperature=2.5, top_k=7),
+    OFF.replace(top_k=40, top_p=0.8, min_p=0.1),
+    OFF.replace(top_k=64, min_p=1.0),
+    OFF.replace(top_k=64, top_p=1e-9),
+]
+
+
+def check_few(options: Sampling, scores: np.ndarray[Any, Any]) -> int:
+    """Tokens drawn the short way are those that a search in ``candidates`` finds; how many were drawn that way."""
+    sampler, num_short = Sampler(options.replace(seed=1), prompt_ids=[], vocab_size=len(scores)), 0
+    ids, probabilities = candidates(scores, options)
+    cumulative = probabilities.cumsum()
+    edges = [(low + high) / 2 for low, high in itertools.pairwise([0.0, *cumulative])]
+    for chance in [0.0, *edges[:200], 1 - 2**-53]:
+        found = sampler._draw_of_few(scores, chance)
+        at = int(cumulative.searchsorted(chance * cumulative[-1], side="right"))
+        if found is not None:
+            num_short += 1
+            assert found == ids[min(at, len(ids) - 1)], chance
+    return num_short
+
+
+@pytest.mark.parametrize("options", FEW)
+@pytest.mark.parametrize("size", [100, 70_000])
+def test_the_short_way_draws_what_candidates_say(options: Sampling, size: int) -> None:
+    scores = logits(12, size)
+    assert check_few(options, scores) > 1
+    scores[[5, 50, 60]] = scores.max() + 1  # equals, best of all
+    if options.top_k > 3:
+        assert check_few(options, scores) > 1
+    check_few(options, np.round(scores))
+    # as many as top-k takes and one more equal to the last: not the short way's
+    scores[np.argsort(-scores)[options.top_k]] = np.sort(scores)[-options.top_k]
+    assert check_few(options, scores) == 0
+    if options.top_k > 1:
+        scores[np.argsort(scores)[: size - options.top_k + 1]] = -np.inf
+        assert check_few(options, scores) == 0
+
+
+def place_of_the_next(chance: float, top: list[float], options: Sampling) -> int:
+    """A mutant: one place further down."""
+    return min(place_of(chance, top, options) + 1, len(top) - 1)
+
+
+def place_without_top_p(chance: float, top: list[float], options: Sampling) -> int:
+    """A mutant: top-p is forgotten."""
+    return place_of(chance, top, options.replace(top_p=1.0))
+
+
+place_of = sampling.place_of
+
+
+@pytest.mark.parametrize("mutant", [place_of_the_next, place_without_top_p])
+def test_candidates_kill_mutants_of_the_short_way(mutant: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "place_of", mutant)
     with pytest.raises(AssertionError):
-        test_the_largest_equal_a_plain_sort_with_ties_and_nothing(40_001, 64)
+        test_the_short_way_draws_what_candidates_say(Sampling(), 70_000)
+
+
+def test_numbers_made_at_once_are_those_made_one_by_one() -> None:
+    sampler = Sampler(Sampling(seed=3), prompt_ids=[], vocab_size=600)
+    one_by_one = np.random.Generator(np.random.Philox(key=3))
+    assert [sampler._chance() for _ in range(200)] == [one_by_one.random() for _ in range(200)]
 
 
 def test_ties_at_the_edge_are_all_taken() -> None:
     scores = np.zeros(70_000, np.float32)
     scores[[3, 60_000]] = 1
-    assert len(largest(scores, 64)) == 70_000
+    assert len(largest(scores, 64)[0]) == 70_000
     scores[100:] = -np.inf
     scores[60_000] = 1
-    assert set(largest(scores, 64).tolist()) == {*range(100), 60_000}
+    assert set(largest(scores, 64)[0].tolist()) == {*range(100), 60_000}
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
 def test_logits_without_a_largest_are_refused(value: float) -> None:
-    for size, at in ((600, 7), (9000, 7), (9000, 8999)):
+    for size, at in ((600, 7), (9000, 7), (70_000, 7), (70_000, 69_999)):
         scores = np.full(size, -np.inf, np.float32)
         scores[at] = value
         if not value < np.inf:
