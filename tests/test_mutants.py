@@ -312,7 +312,7 @@ class NormProbe:
         options.log_severity_level = 3  # errors: without binding, TensorScatter warns that it copies
         self._session = onnxruntime.InferenceSession(graph.with_name("probe.onnx"), options)
 
-    def run(self, feeds: dict[str, np.ndarray], cache: kv_cache.KVCache) -> np.ndarray:
+    def run(self, feeds: dict[str, np.ndarray], cache: kv_cache.KVCache, out: np.ndarray | None = None) -> np.ndarray:
         past = {
             f"past_key_values.{layer}.{part}": buffer
             for layer, pair in cache.buffers.items()

@@ -117,7 +117,7 @@ class TorchSession:
                     state[name] = torch.from_numpy(rows).reshape(spec.shape)
         self.module.load_state_dict(state)
 
-    def run(self, feeds: dict[str, np.ndarray], cache: KVCache) -> np.ndarray:
+    def run(self, feeds: dict[str, np.ndarray], cache: KVCache, out: np.ndarray | None = None) -> np.ndarray:
         caches = [tuple(map(torch.from_numpy, pair)) for pair in cache.buffers.values()]
         with torch.inference_mode():
             logits, present = self.module({name: torch.from_numpy(feed) for name, feed in feeds.items()}, caches)
