@@ -33,7 +33,7 @@ class BenchResult:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     overhead_ms_per_token: float
-    """Decode time outside the backend's run: tables, RoPE, binding, sampling with the checkpoint's options, the reply."""
+    """Decode outside the backend's run: tables, RoPE, binding, sampling with the checkpoint's options, the reply."""
     gb_per_token: float
     """Weights and KV that one decode step reads (1e9 bytes)."""
     decode_gb_per_s: float

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_export.configs.errors import ConfigError, ContractError, nearest
+from gemma4_export.configs.errors import ConfigError, nearest
 from gemma4_export.runtime import checks
 from gemma4_export.runtime.largest import largest, likely, most_likely
 from gemma4_export.runtime.reply import TokenLogprob
