@@ -24,6 +24,17 @@ _OTHER_FILES_BYTES = 40 << 20  # tokenizer.json is 32 MB, graphs up to a few
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltinExperts:
+    """What ``--experts builtin`` changes: engines whose routed experts are standard ops and not our plugin."""
+
+    weights_in_memory_bytes: int
+    """Decoding and prefill are engines of their own, and each holds all weights."""
+    bytes_per_token: int
+    decode_limit_tokens_per_s: float | None
+    longest_context: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """All sizes in bytes; ``None`` where only a measurement on the machine can tell."""
 
@@ -36,8 +47,10 @@ class Plan:
     download_from: str | None
     """Hub id of the weights; None: nothing is downloaded."""
     download_bytes: int
+    engine_bytes: int
+    """Weights in compiled engines, beside the files that those are compiled from; 0 for a target without engines."""
     build_disk_bytes: int
-    """Download and artifact together: what has to be free at once."""
+    """Download, artifact and engines together: what has to be free at once."""
     weights_in_memory_bytes: int
     """Matrices as the backend holds them; mapped tables are not counted."""
     kv_bytes: int
@@ -49,6 +62,8 @@ class Plan:
     bytes_per_token: int
     """Weights and KV that one decode step reads when the context is full."""
     decode_limit_tokens_per_s: float | None
+    builtin_experts: BuiltinExperts | None
+    """None: no routed experts, or no engines."""
 
     @property
     def fits(self) -> bool:
@@ -104,6 +119,17 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
     bandwidth = target.bandwidth_bytes_per_s
     download = None if options.has_dummy_weights else model.checkpoint_for(options.recipe)
     download_bytes = 0 if download is None else download.num_bytes
+    engines = weights if options.has_engines else 0
+    longest = config.max_position_embeddings
+    builtin: BuiltinExperts | None = None
+    if moe is not None and options.has_engines:
+        more = _expanded_bytes(roles["decoder.experts"].parameters * moe.top_k // moe.num_experts)
+        builtin = BuiltinExperts(
+            weights_in_memory_bytes=2 * weights,
+            bytes_per_token=per_token + more,
+            decode_limit_tokens_per_s=None if bandwidth is None else bandwidth / (per_token + more),
+            longest_context=_longest_context(layout, room - weights, longest),
+        )
     return Plan(
         model=options.model_name,
         target=target.name,
@@ -113,15 +139,17 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
         artifact_bytes=artifact,
         download_from=None if download is None else download.hub_id,
         download_bytes=download_bytes,
-        build_disk_bytes=artifact + download_bytes,
+        engine_bytes=engines,
+        build_disk_bytes=artifact + download_bytes + engines,
         weights_in_memory_bytes=weights,
         kv_bytes=kv,
         scratch_bytes=scratch,
         load_peak_bytes=load_peak_bytes(placement, is_cpu=is_cpu),
         memory_bytes=memory,
-        longest_context=_longest_context(layout, room, config.max_position_embeddings),
+        longest_context=_longest_context(layout, room, longest),
         bytes_per_token=per_token,
         decode_limit_tokens_per_s=None if bandwidth is None else bandwidth / per_token,
+        builtin_experts=builtin,
     )
 
 
@@ -155,6 +183,11 @@ def _scratch_bytes(config: ModelConfig, chunk: int) -> int:
     width = max(layer.intermediate_size for layer in config.layers)
     heads = max(layer.num_heads * layer.head_dim for layer in config.layers)
     return 4 * (chunk * (4 * config.hidden_size + 3 * width + 4 * heads) + 2 * config.vocab_size)
+
+
+def _expanded_bytes(parameters: int) -> int:
+    """What gathering experts by standard ops moves beside their codes: 16 bits a weight are written, then read."""
+    return 2 * 2 * parameters
 
 
 def _longest_context(layout: KVLayout, room: int, maximum: int) -> int:

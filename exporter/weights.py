@@ -141,7 +141,8 @@ def place_weights(
             place(spec.name, spec, spec.role, is_matrix=spec.name != EMBED_TOKENS_PER_LAYER)
         if spec.role == "decoder.experts":
             for expert in range(spec.shape[0]):
-                weights[expert_tensor(spec.name, expert)] = _expert(weights[spec.name], expert)
+                one = run_of_experts(weights[spec.name], expert, expert + 1)
+                weights[expert_tensor(spec.name, expert)] = replace(one, shape=one.shape[1:])
     return Placement(stored=tuple(stored), weights=weights)
 
 
@@ -173,10 +174,10 @@ def _align(offset: int) -> int:
     return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
-def _expert(whole: PlacedWeight, expert: int) -> PlacedWeight:
-    """One expert's slice of a fused weight."""
+def run_of_experts(whole: PlacedWeight, start: int, stop: int) -> PlacedWeight:
+    """Experts ``start:stop`` of a fused weight: neighbours in it, so nothing is copied."""
     num_experts, scales = whole.shape[0], whole.scales
     if scales is not None:
-        scales = replace(scales, offset=scales.offset + expert * (whole.scale_bytes // num_experts))
-    offset = whole.offset + expert * (whole.code_bytes // num_experts)
-    return replace(whole, offset=offset, shape=whole.shape[1:], scales=scales)
+        scales = replace(scales, offset=scales.offset + start * (whole.scale_bytes // num_experts))
+    offset = whole.offset + start * (whole.code_bytes // num_experts)
+    return replace(whole, offset=offset, shape=(stop - start, *whole.shape[1:]), scales=scales)

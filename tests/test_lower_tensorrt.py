@@ -13,8 +13,8 @@ import math
 import numpy as np
 import onnx
 import pytest
-from artifacts import traced
-from engine_twin import EngineTwin, engine_artifact
+from artifacts import traced, traces
+from engine_twin import EngineTwin, engine_artifact, write_engine_artifact
 from oracle import Oracle, find_prompt
 from safetensors.numpy import load_file
 from test_int4_parity import built, grid_artifact, grid_checkpoint
@@ -27,6 +27,7 @@ from gemma4_export.configs.recipe import load_recipe
 from gemma4_export.configs.target import engine_profiles
 from gemma4_export.exporter.checkpoint import Checkpoint
 from gemma4_export.exporter.lower_tensorrt import EngineOptions, tensorrt_passes
+from gemma4_export.exporter.passes import trt_moe
 from gemma4_export.exporter.split_groups import _bounds
 from gemma4_export.exporter.weights import place_weights
 from gemma4_export.runtime import Gemma4
@@ -88,6 +89,21 @@ def test_the_float32_twin_equals_ort_cpu(structure, recipe):
 @pytest.mark.parametrize("recipe", ["int4", "int8"])
 def test_experts_of_standard_ops_equal_ort_cpu(recipe):
     assert worst(twin("26b-a4b", recipe, experts="builtin"), *expected("26b-a4b", recipe)) < BOUND
+
+
+@pytest.mark.parametrize("at_once", [1, 6])
+def test_experts_of_standard_ops_may_be_taken_a_few_at_a_time(at_once, monkeypatch):
+    monkeypatch.setattr(trt_moe, "EXPERTS_AT_ONCE", at_once)  # 16 experts: the last run of six is shorter
+    with traces(fresh=False):
+        folder = write_engine_artifact(
+            grid_checkpoint("26b-a4b", "int4"), "int4", float_type="float32", experts="builtin"
+        )
+    assert worst(EngineTwin(folder), *expected("26b-a4b", "int4")) < BOUND
+    group = Artifact.open(folder).manifest.engines.phases["prefill"][0]
+    names = {value.name for value in onnx.load(folder / group.file, load_external_data=False).graph.initializer}
+    assert len([name for name in names if name.startswith("layers.0.experts.down_proj.")]) == 2 * math.ceil(
+        16 / at_once
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ KEYS = {
     "artifact_bytes",
     "download_bytes",
     "download_from",
+    "engine_bytes",
     "build_disk_bytes",
     "weights_in_memory_bytes",
     "kv_bytes",
@@ -48,6 +49,7 @@ KEYS = {
     "longest_context",
     "bytes_per_token",
     "decode_limit_tokens_per_s",
+    "builtin_experts",
     "fits",
 }
 
@@ -136,7 +138,8 @@ def test_bytes_of_weights_and_artifact(model, recipe):
     else:
         expected = (released.hub_id, released.checkpoint_bytes)
     assert (plan.download_from, plan.download_bytes) == expected
-    assert plan.build_disk_bytes == plan.download_bytes + plan.artifact_bytes
+    assert plan.engine_bytes == plan.weights_in_memory_bytes
+    assert plan.build_disk_bytes == plan.download_bytes + plan.artifact_bytes + plan.engine_bytes
 
 
 def test_dummy_weights_need_no_download():
@@ -236,6 +239,35 @@ def test_a_step_reads_the_chosen_experts_only():
     rest = plan.weights_in_memory_bytes - experts
     kv = plan.bytes_per_token - rest - experts * 8 / 128
     assert 0 <= kv < 2e6
+
+
+@pytest.mark.parametrize(("recipe", "bytes_per_weight"), [("int4", 0.5 + 2 / 32), ("bf16", 2)])
+def test_experts_of_standard_ops_are_written_out_and_read_again(recipe, bytes_per_weight):
+    """30 layers of 8 experts, three matrices of 704 x 2816 each, by hand: codes, and 16 bits twice."""
+    plan, _ = planned("26b-a4b", "h200", recipe, context=4096)
+    builtin, chosen = plan.builtin_experts, 30 * 8 * 3 * 704 * 2816
+    assert plan.role_bytes["decoder.experts"] * 8 / 128 == pytest.approx(chosen * bytes_per_weight, rel=1e-9)
+    assert builtin.bytes_per_token - plan.bytes_per_token == 4 * chosen
+    assert builtin.decode_limit_tokens_per_s == pytest.approx(4.8e12 / builtin.bytes_per_token)
+    assert builtin.weights_in_memory_bytes == 2 * plan.weights_in_memory_bytes
+    assert builtin.longest_context <= plan.longest_context
+
+
+@pytest.mark.parametrize(("model", "target"), [("31b", "rtx4090"), ("26b-a4b", "cpu")])
+def test_nothing_is_said_of_experts_where_there_are_none_or_no_engines(model, target):
+    plan, _ = planned(model, target, "int4")
+    assert plan.builtin_experts is None
+    assert (plan.engine_bytes > 0) == (target == "rtx4090")
+
+
+def test_plan_prints_both_speeds(monkeypatch, capsys):
+    arguments = ("--model", "26b-a4b", "--target", "rtx4090", "--recipe", "int4", "--context", "4096")
+    assert command(monkeypatch, *arguments) == 0
+    text = capsys.readouterr().out
+    mine = float(re.search(r"GB = (\d+) tok/s", text)[1])
+    builtin, room = re.search(r"--experts builtin: (\d+) tok/s .*\((.*)\)$", text, re.MULTILINE).groups()
+    assert 3 * float(builtin) < mine
+    assert room == "does not fit"  # 28 GB of 26
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "int8", "int4", OWN_HEAD], ids=_name)

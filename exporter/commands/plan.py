@@ -54,7 +54,7 @@ def _describe(plan: object) -> list[str]:
     lines += [f"  {size / giga:8.3f} GB  {role}" for role, size in sorted(plan.role_bytes.items())]
     lines += [
         f"artifact  {plan.artifact_bytes / giga:.2f} GB; download {plan.download_bytes / giga:.2f} GB{origin}; "
-        f"free disk needed {plan.build_disk_bytes / giga:.2f} GB",
+        f"engines {plan.engine_bytes / giga:.2f} GB; free disk needed {plan.build_disk_bytes / giga:.2f} GB",
         f"memory    {plan.weights_in_memory_bytes / giga:.2f} GB weights + {plan.kv_bytes / giga:.2f} GB KV + "
         f"{plan.scratch_bytes / giga:.2f} GB scratch of {plan.memory_bytes / giga:.1f} GB; "
         f"{plan.load_peak_bytes / giga:.2f} GB at the peak of loading",
@@ -68,5 +68,13 @@ def _describe(plan: object) -> list[str]:
         lines.append(
             f"limit     {bandwidth / giga:.0f} GB/s / {plan.bytes_per_token / giga:.3f} GB = "
             f"{plan.decode_limit_tokens_per_s:.0f} tok/s"
+        )
+    builtin = plan.builtin_experts
+    if builtin is not None and builtin.decode_limit_tokens_per_s is not None:
+        room = f"up to {builtin.longest_context} tokens fit" if builtin.longest_context else "does not fit"
+        lines.append(
+            f"experts   the limit is our plugin's; --experts builtin: {builtin.decode_limit_tokens_per_s:.0f} tok/s "
+            f"({builtin.bytes_per_token / giga:.3f} GB a token), "
+            f"{builtin.weights_in_memory_bytes / giga:.2f} GB weights ({room})"
         )
     return lines

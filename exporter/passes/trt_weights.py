@@ -15,7 +15,7 @@ import onnx_ir as ir
 from gemma4_export.configs.evidence import GRAPHS_FOLDER
 from gemma4_export.exporter.passes.builder import NodeBuilder
 from gemma4_export.exporter.passes.trt_precision import cast
-from gemma4_export.exporter.weights import PlacedWeight, Placement
+from gemma4_export.exporter.weights import PlacedWeight, Placement, run_of_experts
 
 _STORED = {
     "float32": ir.DataType.FLOAT,
@@ -35,7 +35,12 @@ class StoredWeights:
     placement: Placement
 
     def placed(self, weight: ir.Value) -> PlacedWeight:
-        return self.placement.weights[str(weight.name)]
+        return _placed(self.placement, str(weight.name))
+
+    def experts(self, model: ir.Model, weight: ir.Value, start: int, stop: int) -> ir.Value:
+        """Experts ``start:stop`` of a fused weight as a weight of their own: the same bytes, nothing is copied."""
+        shape = self.placed(weight).shape
+        return _initializer(model, f"{weight.name}.{start}-{stop}", ir.DataType.FLOAT, (stop - start, *shape[1:]))
 
     def values(self, op: NodeBuilder, model: ir.Model, weight: ir.Value, dtype: ir.DataType) -> ir.Value:
         """``weight`` in its own shape and ``dtype``, dequantised where it is stored as codes."""
@@ -61,6 +66,15 @@ class StoredWeights:
         codes = _initializer(model, f"{weight.name}{_CODES}", _STORED[placed.format.kind], placed.shape)
         scales = _initializer(model, f"{weight.name}{_SCALES}", scale_dtype(placed), _scale_shape(placed))
         return codes, scales
+
+
+def _placed(placement: Placement, name: str) -> PlacedWeight:
+    """A weight by its name, or by the name that `StoredWeights.experts` gives to neighbours in it."""
+    if name in placement.weights:
+        return placement.weights[name]
+    fused, _, run = name.rpartition(".")
+    start, stop = (int(number) for number in run.split("-"))
+    return run_of_experts(placement.weights[fused], start, stop)
 
 
 def block_size(placed: PlacedWeight) -> int:
@@ -110,7 +124,7 @@ class PlaceStoredWeights(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
     def _place(self, name: str, value: ir.Value) -> None:
-        placed = self.placement.weights[name.removesuffix(_CODES).removesuffix(_SCALES)]
+        placed = _placed(self.placement, name.removesuffix(_CODES).removesuffix(_SCALES))
         offset, size = placed.offset, placed.code_bytes
         if name.endswith(_SCALES):
             assert placed.scales is not None
