@@ -55,12 +55,18 @@ class Plan:
     """Matrices as the backend holds them; mapped tables are not counted."""
     kv_bytes: int
     scratch_bytes: int
+    process_bytes: int
+    """Python, its libraries and the tokenizer, without a weight."""
+    needed_bytes: int
+    """Weights, KV, scratch and process together: what has to fit into ``memory_bytes``."""
     load_peak_bytes: int
     memory_bytes: int
     longest_context: int
     """Longest that fits beside the weights; 0: the weights alone do not."""
     bytes_per_token: int
     """Weights and KV that one decode step reads when the context is full."""
+    kv_bytes_per_token: int
+    """Of these, KV: a cache counts for each layer that attends to it, so more may be read than is kept."""
     decode_limit_tokens_per_s: float | None
     builtin_experts: BuiltinExperts | None
     """None: no routed experts, or no engines."""
@@ -93,8 +99,12 @@ def resolve_plan(
     )
 
 
-def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
-    """Add up what building ``model`` with ``options`` takes. Reads no weight and no network."""
+def make_plan(model: ReleasedModel, options: BuildOptions, *, bandwidth: float | None = None) -> Plan:
+    """Add up what building ``model`` with ``options`` takes. Reads no weight and no network.
+
+    Args:
+        bandwidth: bytes a second that were measured, such as bench's plain read; None: the target's.
+    """
     config, target = model.config, options.target
     placement = place_weights(decoder_tensors(config).values(), options.recipe, packing=options.packing)
     is_cpu = "ort-cpu" in target.backends
@@ -108,15 +118,16 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
     artifact = sum(placement.num_bytes.values()) + oracle_bytes(config) + _OTHER_FILES_BYTES
     kv = layout.num_bytes(options.context)
     moe = config.layers[0].moe
+    experts = {"num_experts": moe.num_experts if moe else 0, "top_k_experts": moe.top_k if moe else 0}
     per_token = step_bytes(
         cpu_matrix_bytes(roles) if is_cpu else held,
         layout,
         options.context,
-        num_experts=moe.num_experts if moe else 0,
-        top_k_experts=moe.top_k if moe else 0,
+        **experts,
         kv_item_bytes=kv_item,
     )
-    bandwidth = target.bandwidth_bytes_per_s
+    kv_per_token = step_bytes({}, layout, options.context, **experts, kv_item_bytes=kv_item)
+    bandwidth = bandwidth or target.bandwidth_bytes_per_s
     download = None if options.has_dummy_weights else model.checkpoint_for(options.recipe)
     download_bytes = 0 if download is None else download.num_bytes
     engines = weights if options.has_engines else 0
@@ -144,10 +155,13 @@ def make_plan(model: ReleasedModel, options: BuildOptions) -> Plan:
         weights_in_memory_bytes=weights,
         kv_bytes=kv,
         scratch_bytes=scratch,
+        process_bytes=PROCESS_BYTES,
+        needed_bytes=weights + kv + scratch + PROCESS_BYTES,
         load_peak_bytes=load_peak_bytes(placement, is_cpu=is_cpu),
         memory_bytes=memory,
         longest_context=_longest_context(layout, room, longest),
         bytes_per_token=per_token,
+        kv_bytes_per_token=kv_per_token,
         decode_limit_tokens_per_s=None if bandwidth is None else bandwidth / per_token,
         builtin_experts=builtin,
     )
@@ -161,9 +175,8 @@ def check_fits(plan: Plan, model: ReleasedModel, options: BuildOptions) -> None:
     """
     if plan.fits:
         return
-    needed = plan.weights_in_memory_bytes + plan.kv_bytes + plan.scratch_bytes + PROCESS_BYTES
     cause = (
-        f"{plan.model} as {plan.recipe} with {plan.context} tokens needs {needed / 1e9:.1f} GB, "
+        f"{plan.model} as {plan.recipe} with {plan.context} tokens needs {plan.needed_bytes / 1e9:.1f} GB, "
         f"{plan.target} has {plan.memory_bytes / 1e9:.1f} GB"
     )
     if plan.longest_context > 0:

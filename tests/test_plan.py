@@ -44,10 +44,13 @@ KEYS = {
     "weights_in_memory_bytes",
     "kv_bytes",
     "scratch_bytes",
+    "process_bytes",
+    "needed_bytes",
     "load_peak_bytes",
     "memory_bytes",
     "longest_context",
     "bytes_per_token",
+    "kv_bytes_per_token",
     "decode_limit_tokens_per_s",
     "builtin_experts",
     "fits",
@@ -424,6 +427,38 @@ def test_the_arithmetic_is_shown(monkeypatch, capsys):
     assert bandwidth / size == pytest.approx(rate, rel=1e-3)
     assert sum(line.endswith(tuple(RECIPE_ROLES)) for line in lines) == 5  # no experts, no router; the head is tied
     assert any("up to 131072 tokens fit" in line for line in lines)
+
+
+def test_the_sums_on_screen_come_out(monkeypatch, capsys):
+    arguments = ("--model", "e2b", "--target", "cpu", "--recipe", "int4", "--context", "4096", "--bandwidth", "40")
+    monkeypatch.setattr(module.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096}.get(name, 4_000_000))
+    assert command(monkeypatch, *arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    memory = next(line for line in lines if line.startswith("memory"))
+    *parts, total = map(float, re.findall(r"([\d.]+) GB", memory)[:5])
+    assert len(parts) == 4
+    assert sum(parts) == pytest.approx(total, abs=0.025)  # five numbers, each rounded by up to 0.005
+    decode = next(line for line in lines if line.startswith("decode"))
+    weights, kv, read = map(float, re.findall(r"([\d.]+) GB", decode))
+    assert weights + kv == pytest.approx(read, abs=0.0015)
+    assert kv > 0
+    assert "          (more KV than is kept: layers that share a cache each read it)" in lines
+    assert lines[-1] == f"limit     40 GB/s / {read:.3f} GB = {40 / read:.0f} tok/s"
+
+
+def test_what_does_not_fit_gets_no_speed(monkeypatch, capsys):
+    arguments = ("--model", "31b", "--target", "rtx4090", "--recipe", "bf16", "--context", "4096")
+    assert command(monkeypatch, *arguments) == 2
+    out = capsys.readouterr().out
+    assert out.endswith("context   no token fits beside the weights\n")
+    assert "tok/s" not in out
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "nan", "inf"])
+def test_a_bandwidth_that_is_none_is_refused(monkeypatch, capsys, value):
+    assert command(monkeypatch, "--model", "e2b", "--target", "cpu", "--bandwidth", value) == 2
+    cause = f"error: --bandwidth {value}: expected GB/s above 0\nhint: --bandwidth 40\n"
+    assert capsys.readouterr().err == cause
 
 
 @pytest.mark.parametrize(
