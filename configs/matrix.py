@@ -86,7 +86,7 @@ def one_cell(
     *,
     model: str | None,
     target: str,
-    recipe: str,
+    recipe: str | None,
     checkpoint: Path | None,
     has_dummy_weights: bool,
     context: int | None,
@@ -100,9 +100,11 @@ def one_cell(
     """
     if model is None and checkpoint is None:
         raise ConfigError("neither a model nor a checkpoint is given", hint="--model e2b, or --checkpoint DIR")
+    chosen = load_target(target)
+    recipe = recipe or chosen.recipe
     cell = Cell(
         model=model or checkpoint_name(checkpoint),
-        target=load_target(target),
+        target=chosen,
         recipe=load_recipe(recipe),
         recipe_argument=recipe,
         checkpoint=checkpoint,

@@ -67,6 +67,8 @@ class Target:
     """What runs on it, best first."""
     chunk: int
     """Longest run of tokens in one call of the decoder, unless --chunk says otherwise."""
+    recipe: str
+    """How weights are stored, unless --recipe says otherwise."""
     compute_capability: str | None
     memory_bytes: int | None
     """Of the device; None: the machine's own."""
@@ -91,7 +93,7 @@ def load_target(name: str) -> Target:
         ConfigError: there is none, or its file is wrong; the hint names the nearest.
     """
     values, where = load_named(_FOLDER, name, "target"), f"targets/{name}.toml"
-    optional = {"compute_capability", "memory_bytes", "bandwidth_bytes_per_s", "float_type"}
+    optional = {"compute_capability", "memory_bytes", "bandwidth_bytes_per_s", "float_type", "recipe"}
     check_keys(values, {"name", "title", "backends", "chunk"}, optional, where)
     unknown = [backend for backend in values["backends"] if backend not in BACKENDS]
     if unknown or values["name"] != name or values["chunk"] < 1:
@@ -104,6 +106,7 @@ def load_target(name: str) -> Target:
         title=values["title"],
         backends=tuple(values["backends"]),
         chunk=values["chunk"],
+        recipe=values.get("recipe", "bf16"),
         compute_capability=values.get("compute_capability"),
         memory_bytes=values.get("memory_bytes"),
         bandwidth_bytes_per_s=values.get("bandwidth_bytes_per_s"),

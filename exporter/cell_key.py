@@ -20,8 +20,10 @@ from gemma4_export.plugins.compile import PLUGINS, library_sources
 Inputs = Mapping[str, str]
 """Name of an input -> hash of its content, or what it says."""
 
-# Modules that `exporter.requested` reaches and that decide nothing about some cells: a download is its commit.
+# Modules that `exporter.requested` reaches and that decide nothing about some cells: a download is its commit, and a
+# plan refuses a build or lets it be what it is.
 _OF_DOWNLOADS = ("exporter.hub",)
+_OF_REFUSALS = ("exporter.plan",)
 _OF_CPU = ("exporter.lower", "exporter.verify_graphs")
 _OF_ENGINES = ("exporter.engine_graphs",)
 _BUILDERS = ("onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-cu13")
@@ -100,7 +102,7 @@ def _hub_ids(cell: Cell) -> list[str]:
 
 
 def _code_inputs(cell: Cell) -> dict[str, str]:
-    others = {"runtime", *_OF_DOWNLOADS, *(_OF_CPU if cell.has_engines else _OF_ENGINES)}
+    others = {"runtime", *_OF_DOWNLOADS, *_OF_REFUSALS, *(_OF_CPU if cell.has_engines else _OF_ENGINES)}
     others.add("exporter.source" if cell.has_dummy_weights else "exporter.dummy")
     kernels = library_sources() if holds_plugins(cell) else []
     compiler = ["runtime.engine.__main__"] if cell.compiles_engines else []

@@ -218,7 +218,7 @@ def test_a_pipe_gets_answers_on_stdout_and_all_else_on_stderr(folder: Path, tmp_
         (b"caf\xe9\n", (), 2, "error: text: character "),
         ("12345 " * 2000, (), 1, "error: the prompt has "),
         ("Hello!\n", ("--top-p", "2"), 2, "error: top_p: expected a finite number above 0 and at most 1, found 2.0\n"),
-        ("Hello!\n", ("--tools", "nowhere.json"), 1, "error: nowhere.json: No such file or directory\n"),
+        ("Hello!\n", ("--tools", "nowhere.json"), 2, "error: nowhere.json: no such file\n"),
     ],
 )
 def test_a_pipe_ends_at_the_first_error(

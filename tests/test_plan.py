@@ -472,3 +472,9 @@ def test_a_bandwidth_that_is_none_is_refused(monkeypatch, capsys, value):
 def test_misspelt_names_end_with_2_and_the_nearest(monkeypatch, capsys, arguments, hint):
     assert command(monkeypatch, *arguments) == 2
     assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("target", "recipe"), [("cpu", "bf16"), ("rtx4090", "int4"), ("h100", "bf16")])
+def test_a_target_names_the_recipe_where_none_is_given(monkeypatch, capsys, target, recipe):
+    assert command(monkeypatch, "--model", "e2b", "--target", target, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == recipe

@@ -44,7 +44,7 @@ def build(
     weights: Annotated[
         options.Weights, typer.Option(help="dummy: random weights of --model, for sizes and speed.")
     ] = "model",
-    recipe: options.Recipe = "bf16",
+    recipe: options.Recipe = None,
     activations: Annotated[Activations, typer.Option(help="What int4 and int8 matrices are multiplied with.")] = "int8",
     out: Annotated[Path | None, typer.Option(help="Artifact folder.", show_default="gemma4-MODEL-TARGET")] = None,
     context: options.Context = None,
@@ -65,7 +65,8 @@ def build(
 ) -> None:
     """Turn a checkpoint into an artifact folder that gemma4-run runs without torch."""
     # Names are checked before torch is imported: a typo should cost milliseconds.
-    chosen_target, chosen_recipe = load_target(target), load_recipe(recipe)
+    chosen_target = load_target(target)
+    chosen_recipe = load_recipe(recipe or chosen_target.recipe)
     check_buildable(chosen_target)
     check_recipe(chosen_target, chosen_recipe)
     has_engines = chosen_target.built_backend != "ort-cpu"

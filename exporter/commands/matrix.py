@@ -41,7 +41,7 @@ def matrix(
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder; --model then is any name.")] = None,
     weights: Annotated[options.Weights, typer.Option(help="dummy: random weights of --model.")] = "model",
-    recipe: options.Recipe = "bf16",
+    recipe: options.Recipe = None,
     context: options.Context = None,
     chunk: options.Chunk = None,
     engines: Annotated[Engines | None, typer.Option(help="later: compile no TensorRT engines.")] = None,

@@ -16,10 +16,11 @@ Target = Annotated[
     str, typer.Option(help="Where it will run, e.g. cpu or rtx4090.", autocompletion=completing(target_names))
 ]
 Recipe = Annotated[
-    str,
+    str | None,
     typer.Option(
         help=f"How weights are stored: {', '.join(recipe_names())}, or FILE.toml.",
         autocompletion=completing(recipe_names),
+        show_default="the target's",
     ),
 ]
 complete_model = completing(model_names)

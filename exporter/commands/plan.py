@@ -22,7 +22,7 @@ def plan(
         typer.Option(help="Released model, e.g. e2b or 26b-a4b-base.", autocompletion=options.complete_model),
     ],
     target: options.Target,
-    recipe: options.Recipe = "bf16",
+    recipe: options.Recipe = None,
     weights: Annotated[options.Weights, typer.Option(help="dummy: nothing is downloaded.")] = "model",
     context: options.Context = None,
     chunk: options.Chunk = None,
@@ -34,7 +34,8 @@ def plan(
     """Add up weights, KV, memory, disk and the speed limit; refuse what cannot fit and name what does."""
     if bandwidth is not None and not 0 < bandwidth < math.inf:
         raise ConfigError(f"--bandwidth {bandwidth:g}: expected GB/s above 0", hint="--bandwidth 40")
-    released, chosen_target, chosen_recipe = load_model(model), load_target(target), load_recipe(recipe)
+    released, chosen_target = load_model(model), load_target(target)
+    chosen_recipe = load_recipe(recipe or chosen_target.recipe)
     from gemma4_export.exporter.plan import Plan, check_fits, make_plan, resolve_plan
 
     resolved = resolve_plan(
