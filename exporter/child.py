@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gemma4_export.configs import errors
+from gemma4_export.configs.command_line import CHECK_FAILED
 from gemma4_export.configs.errors import ArtifactError
 from gemma4_export.configs.manifest import MANIFEST_NAME, Manifest
 from gemma4_export.configs.target import Target
@@ -21,21 +22,33 @@ VerifyLevel = Literal["layers", "full"]
 
 
 class Verdict(NamedTuple):
-    """What ``gemma4-run verify`` found: one line, or where it could not begin its own words about why."""
+    """What ``gemma4-run verify`` found."""
 
     passed: bool
     text: str | None
+    """One line; None where it found nothing."""
     error: str
+    """Lines about what kept it from beginning, or from ending well; "" where it told its verdict and saved it."""
 
 
 def verify_in_child(folder: Path, level: VerifyLevel) -> Verdict:
     """Hold the artifact in ``folder`` to its oracle."""
     command = [sys.executable, "-m", "gemma4_export.runtime", "verify", str(folder), "--level", level, "--json"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not ended.stdout:
-        at = ended.stderr.rfind("error: ")  # without its progress
-        return Verdict(False, None, ended.stderr[max(at, 0) :])
-    return Verdict(ended.returncode == 0, json.loads(ended.stdout)["verdict"], "")
+    code = ended.returncode
+    # of a child that was killed the report may be cut off
+    report = json.loads(ended.stdout) if ended.stdout and code in (0, CHECK_FAILED) else None
+    passed, text = (False, None) if report is None else (report["passed"], report["verdict"])
+    if code == 0:
+        return Verdict(passed, text, "")
+    _, told, error = f"\n{ended.stderr}".rpartition("\nerror: ")  # behind its progress
+    if told:  # also by a child that printed its verdict and could not save it
+        return Verdict(False, text, f"error: {error}")
+    if report is not None and not passed:
+        return Verdict(False, text, "")
+    end = f"signal {-code}" if code < 0 else f"exit code {code}"
+    again = f"gemma4-run verify {shlex.quote(str(folder))}"
+    return Verdict(False, text, f"error: gemma4-run verify ended by {end}\nhint: {again}\n")
 
 
 def check_engine_builder(target: Target, *, needs_plugins: bool) -> None:

@@ -199,7 +199,7 @@ class MatrixRun:
             return "no: verification is off"
         verdict = verify_in_child(work, self.verify)
         if not verdict.passed:
-            reason = verdict.text or verdict.error.strip().removeprefix("error: ").splitlines()[0]
+            reason = verdict.error.removeprefix("error: ").partition("\n")[0] or verdict.text
             raise _CellEndError("failed", f"built, not verified: {reason}", f"gemma4-run verify {work}")
         return f"{self.verify}: {verdict.text}"
 
@@ -223,7 +223,10 @@ def run_matrix(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if not dry:
-        hashes.save()
+        try:
+            hashes.save()
+        except OSError as error:  # only a memory: it must not cost the table of what was built
+            say(f"hashes are not remembered, the next run reads every checkpoint again: {error}")
     return results
 
 

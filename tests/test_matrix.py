@@ -6,6 +6,7 @@ real ones.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -446,9 +447,23 @@ def test_an_artifact_that_fails_verification_does_not_get_its_place(tmp_path, bu
     assert tree(tmp_path / "e2b-cpu-int4") == before
     monkeypatch.setattr(matrix, "verify_in_child", lambda *args: Verdict(False, None, "error: no memory\nhint: more\n"))
     assert run([cell(context=64)], tmp_path)[0].reason == "built, not verified: no memory"
+    unsaved = Verdict(False, "passed: all", "error: verify/cpu.json: No space left on device\n")
+    monkeypatch.setattr(matrix, "verify_in_child", lambda *args: unsaved)
+    assert run([cell(context=64)], tmp_path)[0].reason.endswith("verified: verify/cpu.json: No space left on device")
     (unverified,) = run([cell(context=64)], tmp_path, verify=None)
     assert (unverified.state, unverified.verified) == ("built", "no: verification is off")
     assert len(built_with) == 2
+
+
+def test_hashes_that_cannot_be_saved_cost_no_result(tmp_path, built_with, monkeypatch):
+    def full(self: FileHashes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "hashes.json")
+
+    monkeypatch.setattr(FileHashes, "save", full)
+    told: list[str] = []
+    assert run([cell()], tmp_path, say=told.append)[0].state == "built"
+    assert told[-1].startswith("hashes are not remembered, ")
+    assert told[-1].endswith("No space left on device: 'hashes.json'")
 
 
 def test_inputs_that_change_during_a_build_do_not_pass_for_its_inputs(tmp_path, built_with, monkeypatch):

@@ -31,11 +31,12 @@ from gemma4_export.configs.models import load_model, model_names
 from gemma4_export.configs.names import EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, expert_tensor
 from gemma4_export.configs.recipe import load_recipe, recipe_names
 from gemma4_export.configs.target import load_target
+from gemma4_export.exporter import child as child_module
 from gemma4_export.exporter import commands as exporter_commands
 from gemma4_export.exporter import stored_weights
 from gemma4_export.exporter.build import BuildOptions, kv_layout
 from gemma4_export.exporter.checkpoint import Checkpoint
-from gemma4_export.exporter.child import verify_in_child
+from gemma4_export.exporter.child import Verdict, verify_in_child
 from gemma4_export.exporter.oracle import record_oracle
 from gemma4_export.exporter.quantize import dequantize, quantize
 from gemma4_export.exporter.stored_weights import StoredWeights
@@ -654,6 +655,42 @@ def test_a_verification_that_cannot_begin_says_why(copy):
     assert (passed, text) == (False, None)
     assert error.startswith(f"error: {ORACLE_FILE}: expected ")
     assert len(error.splitlines()) == 2
+
+
+def test_a_verdict_that_cannot_be_saved_is_no_success(capsys, monkeypatch, tmp_path):
+    verify_child = child_module.verify_in_child
+    reports = tmp_path / "a" / "verify"
+
+    def without_room(folder: Path, level: Any) -> Verdict:
+        reports.write_text("", encoding="utf-8")  # a file where their folder goes: refused to root too
+        return verify_child(folder, level)
+
+    monkeypatch.setattr(child_module, "verify_in_child", without_room)
+    build = ("build", "--checkpoint", tiny.checkpoint("12b"), "--target", "cpu", "--recipe", "int4", "--out")
+    code, out, err = exporter_run(capsys, monkeypatch, *build, tmp_path / "a", "--verify", "layers")
+    assert code == 1
+    assert out.splitlines()[-1].startswith("verify layers: passed: ")
+    assert re.search(rf"^error: {re.escape(str(reports))}: File exists$", err, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("ends", "error"),
+    [
+        ("os.kill(os.getpid(), 9)", "ended by signal 9"),
+        ("print('reading 3 files', file=sys.stderr); os.kill(os.getpid(), 9)", "ended by signal 9"),
+        ("print('{\"passed\": tr', flush=True); os.kill(os.getpid(), 9)", "ended by signal 9"),
+        ('print(\'{"passed": true, "verdict": "passed: all"}\'); sys.exit(1)', "ended by exit code 1"),
+        ("sys.exit(70)", "ended by exit code 70"),
+    ],
+)
+def test_a_verification_that_ends_without_a_word_is_told_by_how_it_ended(tmp_path, monkeypatch, ends, error):
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\nimport os, sys\n{ends}\n", encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    verdict = verify_in_child(tmp_path, "layers")
+    assert not verdict.passed
+    assert verdict.error == f"error: gemma4-run verify {error}\nhint: gemma4-run verify {tmp_path}\n"
 
 
 def test_inspect_knows_a_report_of_other_files_and_what_is_no_report(copy, capsys, monkeypatch):

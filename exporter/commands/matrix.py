@@ -25,7 +25,9 @@ from gemma4_export.exporter.commands import options
 def matrix(
     matrix: Annotated[Path | None, typer.Option(help="Which artifacts.", show_default="configs/matrix.toml")] = None,
     out: Annotated[Path, typer.Option(help="Where they go: OUT/MODEL-TARGET-RECIPE.")] = Path("artifacts"),
-    jobs: Annotated[int, typer.Option(min=1, help="Builds at a time; each takes up to 3 GB.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Builds at a time; each takes up to 3 GB, more where engines are compiled.")
+    ] = 1,
     verify: Annotated[
         Literal["off", "layers", "full"], typer.Option(help="Hold each new artifact to its oracle.")
     ] = "layers",

@@ -24,7 +24,7 @@ def doctor(
 ) -> None:
     """Look at processor, memory, GPUs and libraries; exit 1 where a problem keeps the artifact from running.
 
-    Without an artifact a problem is what is broken, or that nothing can run at all.
+    Without an artifact a problem is what is broken.
     """
     from gemma4_export.runtime.doctor import machine_findings
     from gemma4_export.runtime.doctor_artifact import artifact_findings, probe_artifact
