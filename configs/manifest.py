@@ -199,6 +199,12 @@ class GroupEntry:
     engine: str | None
     """The folder of its engine, such as ``engines/0123``; None: not compiled yet."""
 
+    def layers(self, num_layers: int) -> str:
+        """What is in it of a model of ``num_layers``, in words."""
+        if self.last < num_layers:
+            return f"layers {self.first} to {self.last}"
+        return "the head" if self.first == self.last else f"layers {self.first} to {num_layers - 1} and the head"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledEntry:

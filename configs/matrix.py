@@ -118,6 +118,10 @@ def one_cell(
     return cell
 
 
+_MAX_NAME_BYTES = 200
+"""File systems take 255, and a build adds an ending."""
+
+
 def checkpoint_name(checkpoint: Path | None) -> str:
     return "" if checkpoint is None else checkpoint.resolve().name
 
@@ -131,6 +135,11 @@ def _check_target(target: Target, engines: Engines | None) -> None:
 
 def _check_model(cell: Cell) -> None:
     """Raise ConfigError for an unknown model, a missing folder, and options that exclude each other."""
+    if not cell.model or not cell.name.isprintable() or len(cell.name.encode()) > _MAX_NAME_BYTES:
+        raise ConfigError(
+            f"model {cell.model!r:.60}: no name for a folder, {cell.name!r:.60}",
+            hint=f"printable characters, up to {_MAX_NAME_BYTES} bytes with target and recipe",
+        )
     if cell.checkpoint is None:
         if cell.released is None and cell.has_dummy_weights:
             raise ConfigError(f"dummy weights are drawn for released sizes only, not {cell.model}", hint="take e2b")
@@ -193,8 +202,8 @@ class _MatrixFile:
                     recipe_argument=argument,
                     checkpoint=None if folder is None else self.path.parent / folder,
                     has_dummy_weights=self._choice((*keys, "weights"), ("model", "dummy")) == "dummy",
-                    context=self._value((*keys, "context"), int),
-                    chunk=self._value((*keys, "chunk"), int),
+                    context=self._length((*keys, "context")),
+                    chunk=self._length((*keys, "chunk")),
                     engines=engines,
                 )
                 try:
@@ -214,6 +223,8 @@ class _MatrixFile:
 
     def _recipe(self, keys: Keys, name: str) -> tuple[str, Recipe]:
         """What ``--recipe`` takes, and the recipe. A file's path begins where the matrix lies."""
+        if not name.isprintable():
+            raise self._error(keys, f"recipe {name!r:.60}: a name has printable characters", 'recipes = ["int4"]')
         argument = str(self.path.parent / name) if name.endswith(".toml") else name
         try:
             return argument, load_recipe(argument)
@@ -241,6 +252,12 @@ class _MatrixFile:
             name = keys[-1]
             raise self._error(keys, f"{name}: expected a list of names, found {found}", f'{name} = ["int4"]')
         return names
+
+    def _length(self, keys: Keys) -> int | None:
+        tokens: int | None = self._value(keys, int)
+        if tokens is not None and tokens < 1:
+            raise self._error(keys, f"{keys[-1]}: expected 1 token or more, found {tokens}", f"leave {keys[-1]} out")
+        return tokens
 
     def _choice(self, keys: Keys, known: Sequence[str]) -> str | None:
         value: str | None = self._value(keys, str)

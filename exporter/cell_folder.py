@@ -84,9 +84,17 @@ class CellFolder:
     def built(self) -> Built | None:
         """What is remembered; None: nothing, or by a version that remembered other things."""
         try:
-            return Built(**json.loads((self.books / _BUILT).read_text(encoding="utf-8")))
+            built = Built(**json.loads((self.books / _BUILT).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+        kinds = (
+            (built.inputs, dict),
+            (built.files_sha256, str),
+            (built.bytes, int),
+            (built.seconds, (int, float)),
+            (built.verified, str),
+        )
+        return built if all(isinstance(value, kind) for value, kind in kinds) else None
 
     def fault(self, built: Built, key: str) -> str:
         """What is wrong with the artifact; empty: it is the one that was built."""

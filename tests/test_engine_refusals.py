@@ -398,3 +398,18 @@ def test_a_record_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "engine.json").write_text(text, encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"engine\.json: (not JSON|format (None|2), this version reads format 1)"):
         read_record(tmp_path)
+
+
+def test_a_record_that_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "engine.json").mkdir()
+    with pytest.raises(ArtifactError, match=r"engine\.json: Is a directory\nhint: gemma4-run build ARTIFACT"):
+        read_record(tmp_path)
+
+
+@needs_wheel
+def test_an_outcome_that_a_full_disk_cut_short(good: EngineRequest, tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text("", encoding="utf-8")
+    log = tmp_path / "build.log"
+    log.write_text("[INFO] serialized\n", encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"ended its process \(exit code 1\); its last words: \[INFO\] serialized"):
+        build_module._outcome(good, tmp_path, 1, log)

@@ -31,7 +31,7 @@ from gemma4_export.configs.manifest import LOCK_NAME
 from gemma4_export.configs.matrix import DEFAULT_MATRIX, Cell, load_matrix, one_cell
 from gemma4_export.configs.toml import line_of
 from gemma4_export.exporter import cell_key, commands, hub, matrix
-from gemma4_export.exporter.cell_folder import BOOKS
+from gemma4_export.exporter.cell_folder import BOOKS, CellFolder
 from gemma4_export.exporter.child import Verdict
 from gemma4_export.exporter.dependencies import source_hashes
 from gemma4_export.exporter.file_hashes import FileHashes
@@ -703,3 +703,33 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "rest", "line", "cause"),
+    [
+        ("e2b", "a\\u0000.toml", "", None, "a name has printable characters"),
+        ("a\\u001bb", "int4", "", None, "no name for a folder"),
+        ("a" * 300, "int4", "", 3, "no name for a folder"),
+        ("e2b", "int4", "context = -5", 4, "context: expected 1 token or more, found -5"),
+    ],
+)
+def test_names_that_no_folder_has_and_lengths_below_one_are_refused_by_line(tmp_path, model, recipe, rest, line, cause):
+    path = tmp_path / "matrix.toml"
+    text = f'# one cell\nrecipes = ["{recipe}"]\n[models."{model}"]\n{rest}\n[targets.cpu]\n'
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=cause) as caught:
+        load_matrix(path)
+    where = "matrix.toml:" if line is None else f"matrix.toml:{line}:"  # a name in escapes is not found in the text
+    assert where in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["inputs", "files_sha256", "bytes", "seconds", "verified"])
+def test_books_of_another_kind_are_no_books(tmp_path, name):
+    folder = CellFolder(tmp_path, "a-cpu-int4")
+    right = {"inputs": {}, "files_sha256": "0", "bytes": 1, "seconds": 0.5, "verified": "passed"}
+    folder.books.mkdir(parents=True)
+    (folder.books / "built.json").write_text(json.dumps(right), encoding="utf-8")
+    assert folder.built() is not None
+    (folder.books / "built.json").write_text(json.dumps(right | {name: []}), encoding="utf-8")
+    assert folder.built() is None

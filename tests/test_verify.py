@@ -700,5 +700,5 @@ def test_inspect_knows_a_report_of_other_files_and_what_is_no_report(copy, capsy
     edit_manifest(folder, lambda values: values["model"].update(name="other"))
     _, out, _ = exporter_run(capsys, monkeypatch, "inspect", folder)
     first, second = [line for line in out.splitlines() if line.startswith("verified ")]
-    assert ": of other files than these: passed" in first
+    assert ": of other files than these, so not verified: passed" in first
     assert second.startswith("verified zz.json: not a report")

@@ -54,7 +54,9 @@ def _reports(folder: Path) -> list[str]:
             state, is_this = str(report["verdict"]), report["manifest_sha256"] == digest
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             state, is_this = f"not a report ({error!r})", True
-        lines.append(f"verified {path.name}: " + (state if is_this else f"of other files than these: {state}"))
+        lines.append(
+            f"verified {path.name}: " + (state if is_this else f"of other files than these, so not verified: {state}")
+        )
     return lines or [f"verified never: gemma4-run verify {shlex.quote(str(folder))}"]
 
 
@@ -78,7 +80,7 @@ def _describe(manifest: Manifest) -> list[str]:
         for phase, groups in manifest.engines.phases.items():
             for group in groups:
                 lines.append(
-                    f"engine   {phase}, layers {group.first} to {group.last}, {group.weight_bytes / 1e6:.1f} MB: "
+                    f"engine   {phase}, {group.layers(manifest.model.num_layers)}, {group.weight_bytes / 1e6:.1f} MB: "
                     f"{group.file} for {manifest.engines.backend} in {manifest.engines.float_type}, "
                     f"{'not compiled' if group.engine is None else f'compiled into {group.engine}'}"
                 )

@@ -276,7 +276,10 @@ def _outcome(request: EngineRequest, folder: Path, status: int, log: Path) -> di
     path = folder / OUTCOME_NAME
     if not path.is_file():
         raise ended(request, status, log)
-    outcome: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        outcome: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # cut short: the disk was full
+        raise ended(request, status, log) from None
     if "error" in outcome:
         error = outcome["error"]
         raise getattr(errors, error["kind"])(error["cause"], hint=error["hint"])

@@ -101,6 +101,8 @@ def read_record(folder: Path, *, check_engine: bool = False) -> EngineRecord:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{folder}: no {RECORD_NAME} in it", hint=_REBUILD) from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}", hint=_REBUILD) from error
     except ValueError as error:
         raise ArtifactError(f"{path}: not JSON ({error})", hint=_REBUILD) from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:

@@ -10,9 +10,7 @@ from gemma4_export.runtime.engine.build import BuiltEngine
 def engine_line(manifest: Manifest, engine: BuiltEngine) -> str:
     """Which layers, how large, and what it took."""
     group = _group_of(manifest, engine)
-    layers = f"layers {group.first} to {min(group.last, manifest.model.num_layers - 1)}"
-    if group.last == manifest.model.num_layers:
-        layers = f"{layers} and the head" if group.first < group.last else "the head"
+    layers = group.layers(manifest.model.num_layers)
     took = f"{engine.seconds:.1f} s, {engine.peak_memory_bytes / 1e9:.2f} GB of memory"
     size = f"{engine.record.engine_bytes / 1e6:.1f} MB"
     return f"{engine.record.graph}: {layers}, {size}: {'as it was' if engine.was_cached else took}"
