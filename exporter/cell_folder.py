@@ -22,7 +22,7 @@ from pathlib import Path
 
 from gemma4_export.configs.artifact import Artifact
 from gemma4_export.configs.errors import ArtifactError, ConfigError
-from gemma4_export.configs.manifest import LOCK_NAME, Manifest
+from gemma4_export.configs.manifest import ENGINES_FOLDER, LOCK_NAME, Manifest
 from gemma4_export.exporter.cell_key import Inputs
 from gemma4_export.exporter.package import partial_of
 
@@ -156,5 +156,5 @@ def _take(lock: int) -> bool:
 
 def files_sha256(manifest: Manifest) -> str:
     """Of all files but engines, which are compiled later too."""
-    files = {name: entry.sha256 for name, entry in manifest.files.items() if not name.startswith("engines/")}
+    files = {name: entry.sha256 for name, entry in manifest.files.items() if not name.startswith(f"{ENGINES_FOLDER}/")}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

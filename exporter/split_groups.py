@@ -1,8 +1,8 @@
 """Cuts a decoder graph into groups of whole layers, each with at most a given number of bytes of weights.
 
-Building an engine takes about three times its weights in memory, so the size of a group decides which machine can. A
-group takes the hidden states behind the group before it, and of earlier layers' caches those that its KV-shared layers
-read; masks and cosines are computed again in each. The smallest group is one layer, or the head.
+Building an engine takes four to eight times its weights in memory (docs/engines.md), so the size of a group decides
+which machine can. A group takes the hidden states behind the group before it, and of earlier layers' caches those that
+its KV-shared layers read; masks and cosines are computed again in each. The smallest group is one layer, or the head.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def machine_findings(facts: Facts) -> list[Finding]:
         packages_finding(facts),
         *_processor(facts),
         *_memory(facts),
-        _disk(facts),
+        *_disk(facts),
         *_driver(facts.driver),
         onnxruntime_finding(facts.onnxruntime),
         *_rtx(facts),
@@ -117,9 +117,10 @@ def _memory(facts: Facts) -> Iterator[Finding]:
     yield Finding(level="ok", what="memory", found=found)
 
 
-def _disk(facts: Facts) -> Finding:
-    disk = facts.disk
-    return Finding(level="ok", what="disk", found=f"{size(disk.free_bytes)} free in {disk.path}")
+def _disk(facts: Facts) -> Iterator[Finding]:
+    """What is free; a disk that could not be read is told among what was unread."""
+    if facts.disk is not None:
+        yield Finding(level="ok", what="disk", found=f"{size(facts.disk.free_bytes)} free in {facts.disk.path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class Facts:
     packages: dict[str, str]
     processor: Processor
     memory: Memory
-    disk: Disk
+    disk: Disk | None
     driver: Driver
     onnxruntime: Onnxruntime
     tensorrt_rtx: Library

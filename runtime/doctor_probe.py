@@ -65,6 +65,7 @@ def probe(root: Path = Path("/")) -> Facts:
     no_plugins = Plugins(path=str(plugin_compiler.LIBRARY), contracts={}, failure=None)
     processor = Processor(architecture=platform.machine(), model="", cores=os.cpu_count() or 1, quota=None, features=[])
     no_memory = Memory(total_bytes=None, available_bytes=None, container_limit_bytes=None)
+    no_disk: Disk | None = None
     no_onnxruntime = Onnxruntime(distributions={}, version=None, providers=[], failure=None)
     no_folders: list[Path] = []
     folders = read("library folders", lambda: library_folders(root), no_folders)
@@ -74,7 +75,7 @@ def probe(root: Path = Path("/")) -> Facts:
         packages=read("installed packages", installed_versions, {}),
         processor=read("processor", lambda: read_processor(root), processor),
         memory=read("memory", lambda: read_memory(root), no_memory),
-        disk=read("disk", lambda: read_disk(Path.cwd()), Disk(path=".", free_bytes=0)),
+        disk=read("disk", lambda: read_disk(Path.cwd()), no_disk),
         driver=read("driver", lambda: read_driver(root), no_driver),
         onnxruntime=read("onnxruntime", read_onnxruntime, no_onnxruntime),
         tensorrt_rtx=read("TensorRT-RTX", read_tensorrt_rtx, nothing),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma4_export.configs.evidence import REPORTS_FOLDER, VerifiedRole
+from gemma4_export.configs.output import naming
 from gemma4_export.runtime.polygraphy_runners import SHIPPED
 from gemma4_export.runtime.verify_report import Against, finite, slug
 
@@ -26,8 +27,9 @@ class OutputApart:
     apart: float
     """Between the two runners; up to twice the bound passes: each may be one away from the oracle."""
     shipped: float
-    """From the oracle, the artifact as gemma4-run loads it; likewise ``against``, the other runner."""
+    """From the oracle, the artifact as gemma4-run loads it with activations in float32."""
     against: float
+    """From the oracle, the other runner."""
     bound: float
     agrees: bool
     """Polygraphy's own verdict on all three, and whether there were rows to judge."""
@@ -86,7 +88,8 @@ class AgainstReport:
         name = slug(f"{self.backend} {self.device} against {self.against}")
         path = artifact / REPORTS_FOLDER / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
+        with naming(path):
+            path.write_text(self.to_json(), encoding="utf-8")
         return path
 
 

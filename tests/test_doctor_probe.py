@@ -59,6 +59,8 @@ def test_no_probe_ends_the_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = doctor_probe.probe()
     told = {finding.found for finding in machine_findings(facts) if finding.what == "doctor"}
     assert "could not read processor: KeyError: 'odd'" in told
+    assert "could not read disk: KeyError: 'odd'" in told
+    assert not [finding for finding in machine_findings(facts) if finding.what == "disk"]
     # One reader serves two modules, one of them through another reader.
     assert len(told) == len(READERS) + 2
 

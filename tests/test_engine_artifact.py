@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -426,7 +427,33 @@ def test_what_the_exporter_is_told(lowered: Path, tmp_path: Path, capsys: pytest
     assert [line["done"] for line in lines] == list(range(1, len(lines) + 1))
     assert len(engines_of(lowered)) == len(lines) == lines[0]["total"]
     (answer,) = service_says({"folder": str(tmp_path / "none"), "memory_bytes": None}, capsys)
-    assert answer["error"]["cause"] == f"{tmp_path / 'none' / MANIFEST_NAME}: No such file or directory"  # type: ignore[index]
+    absent = f"{tmp_path / 'none' / MANIFEST_NAME}: No such file or directory"
+    assert answer["error"] == {"kind": "ArtifactError", "cause": absent, "hint": "mend that and run it again"}
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.ENOSPC, "free some space and run it again"),
+        (errno.EDQUOT, "free some space and run it again"),
+        (errno.EACCES, "mend that and run it again"),
+    ],
+)
+def test_only_a_full_disk_is_told_to_be_freed(
+    number: int, hint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path, memory_bytes: int | None) -> None:
+        raise OSError(number, os.strerror(number), "engines/x")
+
+    monkeypatch.setattr(service, "_compile", fail)
+    (answer,) = service_says({"folder": "absent", "memory_bytes": None}, capsys)
+    cause = f"engines/x: {os.strerror(number)}"
+    assert answer["error"] == {"kind": "ArtifactError", "cause": cause, "hint": hint}
+
+
+def test_only_the_lock_is_taken_for_another_builder(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError), artifact_module._only_one(tmp_path):
+        raise BlockingIOError(errno.EAGAIN, "of a pipe")
 
 
 def test_a_builder_that_ends_without_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -442,14 +469,27 @@ def test_a_builder_that_ends_without_an_answer(monkeypatch: pytest.MonkeyPatch, 
     assert caught.value.hint == "run the same build again: what is finished is kept"
 
 
-def test_what_the_builder_refuses_is_raised_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+LATER = "--engines later here, and gemma4-run build ARTIFACT where it can"
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("ConfigError", "no\nhint: yes"),
+        ("ArtifactError", f"target rtx4090: no\nhint: yes; or {LATER}"),
+    ],
+)
+def test_what_the_builder_refuses_is_raised_here(
+    kind: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     program = tmp_path / "python"
-    error = json.dumps({"error": {"kind": "ConfigError", "cause": "no", "hint": "yes"}})
+    error = json.dumps({"error": {"kind": kind, "cause": "no", "hint": "yes"}})
     program.write_text(f"#!/bin/sh\necho '{error}'\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    with pytest.raises(ConfigError, match="no\nhint: yes"):
+    with pytest.raises((ConfigError, ArtifactError)) as caught:
         child.check_engine_builder(load_target("rtx4090"), needs_plugins=False)
+    assert str(caught.value) == told
 
 
 @needs_wheel

@@ -38,7 +38,7 @@ from gemma4_export.exporter import commands as exporter_commands
 from gemma4_export.exporter.checkpoint import Checkpoint
 from gemma4_export.exporter.stored_weights import StoredWeights
 from gemma4_export.runtime import commands, polygraphy_cases, polygraphy_runners, polygraphy_verify
-from gemma4_export.runtime.polygraphy_report import AgainstReport, text_lines
+from gemma4_export.runtime.polygraphy_report import AgainstReport, OutputApart, text_lines
 from gemma4_export.runtime.polygraphy_verify import verify_against
 from gemma4_export.runtime.session_ort import open_graph
 
@@ -242,6 +242,27 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *wo
     with pytest.raises(SystemExit) as ended:
         commands.main()
     return int(ended.value.code or 0), *capsys.readouterr()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_report_that_finds_no_room_is_named(tmp_path: Path) -> None:
+    same = {"shipped": 0.0, "against": 0.0, "bound": 1.0, "agrees": True, "rows": 1}
+    report = AgainstReport(
+        model="m",
+        recipe="int4",
+        manifest_sha256="0",
+        backend="ort-cpu",
+        against="onnxruntime",
+        device="x",
+        versions={},
+        outputs=[OutputApart(name="logits.0", layer=None, role="head", apart=0.0, **same)],
+    )
+    path = tmp_path / "verify" / "ort-cpu-x-against-onnxruntime.json"
+    path.parent.mkdir()
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        report.save(tmp_path)
+    assert caught.value.filename == str(path)
 
 
 def test_the_command_writes_both_reports_and_inspect_lists_them(copy, capsys, monkeypatch):

@@ -15,6 +15,7 @@ import typer
 from gemma4_export.configs.command_line import CHECK_FAILED, parse_bytes
 from gemma4_export.configs.errors import ConfigError
 from gemma4_export.configs.manifest import EnginesEntry, Manifest
+from gemma4_export.configs.matrix import Engines
 from gemma4_export.configs.models import ReleasedModel, is_other, load_model
 from gemma4_export.configs.names import NOT_PACKED_PREFIXES
 from gemma4_export.configs.recipe import load_recipe
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from gemma4_export.exporter.child import Verdict
 
 Activations = Literal["int8", "fp32"]
-Verify = Literal["off", "layers", "full"]
-Engines = Literal["later"]
 Experts = Literal["plugin", "builtin"]
 
 
@@ -50,7 +49,8 @@ def build(
     context: options.Context = None,
     chunk: options.Chunk = None,
     verify: Annotated[
-        Verify, typer.Option(help="Hold the artifact to its oracle at once: layer by layer; full: the whole model too.")
+        options.Verify,
+        typer.Option(help="Hold the artifact to its oracle at once: layer by layer; full: the whole model too."),
     ] = "layers",
     engines: Annotated[
         Engines | None, typer.Option(help="later: write what TensorRT engines are compiled from, and compile none.")

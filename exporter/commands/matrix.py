@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -28,9 +28,7 @@ def matrix(
     jobs: Annotated[
         int, typer.Option(min=1, help="Builds at a time; each takes up to 3 GB, more where engines are compiled.")
     ] = 1,
-    verify: Annotated[
-        Literal["off", "layers", "full"], typer.Option(help="Hold each new artifact to its oracle.")
-    ] = "layers",
+    verify: Annotated[options.Verify, typer.Option(help="Hold each new artifact to its oracle.")] = "layers",
     target: Annotated[
         str | None,
         typer.Option(

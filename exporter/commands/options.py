@@ -12,6 +12,7 @@ from gemma4_export.configs.recipe import recipe_names
 from gemma4_export.configs.target import target_names
 
 Weights = Literal["model", "dummy"]
+Verify = Literal["off", "layers", "full"]
 Target = Annotated[
     str, typer.Option(help="Where it will run, e.g. cpu or rtx4090.", autocompletion=completing(target_names))
 ]

@@ -7,6 +7,7 @@ line each: ``line``, ``done`` and ``total`` for every engine, then one with ``er
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Mapping
@@ -34,7 +35,9 @@ def answer(request: Mapping[str, Any]) -> None:
         _say(error={"kind": type(error).__name__, "cause": error.cause, "hint": error.hint})
     except OSError as error:
         cause = f"{error.filename or 'engines'}: {error.strerror or error}"
-        _say(error={"kind": ArtifactError.__name__, "cause": cause, "hint": "free some space and run it again"})
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = f"{'free some space' if is_full else 'mend that'} and run it again"
+        _say(error={"kind": ArtifactError.__name__, "cause": cause, "hint": hint})
     else:
         _say()
 

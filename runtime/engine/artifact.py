@@ -235,12 +235,13 @@ def _only_one(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process: two would remove each other's engines."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(
+                f"{folder}: another process compiles engines here", hint="wait for it; finished engines are kept"
+            ) from error
         yield
-    except BlockingIOError as error:
-        raise ArtifactError(
-            f"{folder}: another process compiles engines here", hint="wait for it; finished engines are kept"
-        ) from error
     finally:
         os.close(handle)
 
