@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ def open_graph(
 
     Args:
         path: the graph, in ``graphs/`` or a folder below; its external data is mapped and packed by onnxruntime.
-        num_threads: None: a thread a core.
+        num_threads: None: a thread a core that this process may use.
         activations: what quantised matrices multiply with; None: as the graph was built.
         is_plain: node by node as the graph stands, quantised matrices widened to float32 and multiplied as such: no
             optimisation, no packed weights. The slow twin that the session of a run is held to.
@@ -52,8 +53,7 @@ def open_graph(
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = log_severity
-    if num_threads is not None:
-        options.intra_op_num_threads = num_threads
+    options.intra_op_num_threads = usable_threads() if num_threads is None else num_threads
     # A path would let it look for weights beside the graph only.
     folder = next((parent for parent in path.parents if parent.name == GRAPHS_FOLDER), path.parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
@@ -71,6 +71,15 @@ def open_graph(
             f"{path.name}: onnxruntime {onnxruntime.__version__} does not load it: {str(error).splitlines()[0]}",
             hint='pip install --upgrade "onnxruntime>=1.31.1"',
         ) from error
+
+
+def usable_threads() -> int:
+    """Threads where fewer processors are left to this process than there are; 0: onnxruntime's own choice, one a core.
+
+    onnxruntime counts all cores: its threads would spin against each other under ``taskset`` or in a cpuset.
+    """
+    usable = len(os.sched_getaffinity(0))
+    return usable if usable < (os.cpu_count() or 1) else 0
 
 
 class OrtSession:

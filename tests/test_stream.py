@@ -410,6 +410,16 @@ def test_threads_reach_the_backend(folder: Path) -> None:
     assert session._session.get_session_options().intra_op_num_threads == 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("usable", "threads"), [({0}, 1), ({0, 1, 2, 3}, 0)], ids=["a taskset", "all: onnxruntime's"])
+def test_threads_are_of_the_processors_left_to_the_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, usable: set[int], threads: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: usable)
+    session = Gemma4.load(folder).decoder._session
+    assert session._session.get_session_options().intra_op_num_threads == threads  # type: ignore[attr-defined]
+
+
 def test_a_load_beyond_the_cap_is_refused_before_it_happens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Gemma4.load(folder, max_memory_bytes=10**9).artifact.manifest
     weights = sum(cpu_memory_bytes(manifest.census, activations="int8").values())
